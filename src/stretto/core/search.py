@@ -1,0 +1,147 @@
+"""Finding the best plan: refuse what cannot run, prune what cannot win, simulate the rest, rank.
+
+Candidates are taken in waves of a fixed size, best bound first, and pruned between waves only, so the answer does not depend on
+how many workers simulate them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stretto.core.errors import UserError
+from stretto.core.plan import Domain, Metric, Plan, Prediction, Progress, Refusal, domain_of, no_progress
+
+WAVE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighed:
+    """A candidate that was simulated."""
+
+    plan: Plan[Any, Any]
+    prediction: Prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """A candidate that cannot run, with the reason and the nearest change that would fit."""
+
+    choices: Any
+    refusal: Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """A candidate that was not simulated: even its optimistic bound was worse than the best."""
+
+    choices: Any
+    bound: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The answer of a search: plans that can run, best first, and what became of the others."""
+
+    objective: str
+    weighed: tuple[Weighed, ...]
+    rejected: tuple[Rejected, ...] = ()
+    pruned: tuple[Pruned, ...] = field(default=())
+
+    @property
+    def best(self) -> Plan[Any, Any]:
+        return self.weighed[0].plan
+
+    @property
+    def why(self) -> str:
+        """Why the first one won: its lead over the second, and what bounds it."""
+        first = self.weighed[0].prediction
+        metric = first.metrics[self.objective]
+        text = f"best {self.objective}: {metric.value.value:.4g} {metric.unit}"
+        if len(self.weighed) > 1:
+            second = self.weighed[1].prediction.metrics[self.objective]
+            lead = abs(metric.value.value / second.value.value - 1) * 100 if second.value.value else 0.0
+            text += f", {lead:.1f} % ahead of the next"
+        return f"{text}; {first.bottleneck}"
+
+    def pareto(self, names: Sequence[str]) -> tuple[Weighed, ...]:
+        """The plans that no other plan beats on all of the metrics `names`."""
+
+        def beats(a: Weighed, b: Weighed) -> bool:
+            pairs = [(a.prediction.metrics[n], b.prediction.metrics[n]) for n in names]
+            losses = [_loss(x) - _loss(y) for x, y in pairs]
+            return all(x <= 0 for x in losses) and any(x < 0 for x in losses)
+
+        return tuple(a for a in self.weighed if not any(beats(b, a) for b in self.weighed))
+
+
+def _loss(metric: Metric) -> float:
+    return -metric.value.value if metric.higher_is_better else metric.value.value
+
+
+def _simulate(kind: str, job: Any, choices: Any, cluster: Any) -> Prediction:
+    return replace(domain_of(kind).simulate(job, choices, cluster), trace=None)
+
+
+def search(
+    domain: Domain,
+    job: Any,
+    cluster: Any,
+    *,
+    executor: Executor | None = None,
+    progress: Progress = no_progress,
+    wave: int = WAVE,
+) -> Ranking:
+    """Weigh every candidate of `domain` for `job` on `cluster`.
+
+    Args:
+        executor: where simulations run; None runs them here. With processes, `domain` must be installed.
+        wave: candidates simulated between two prunings.
+
+    Raises:
+        UserError: if nothing can run, with the refusal that is nearest to running.
+    """
+    able, rejected = _sift(domain, job, cluster)
+    if not able:
+        reasons = "; ".join(dict.fromkeys(str(r.refusal) for r in rejected[:3])) or "there are no candidates"
+        raise UserError(f"no plan can run this job on {cluster.name}: {reasons}")
+    objective = domain.objective(job)
+    weighed: list[Weighed] = []
+    pruned: list[Pruned] = []
+    queue, sign = _by_bound(domain, job, able, cluster)
+    for first in range(0, len(queue), wave):
+        batch = queue[first : first + wave]
+        best = min((_loss(w.prediction.metrics[objective]) for w in weighed), default=float("inf"))
+        chosen = [choices for bound, choices in batch if bound <= best]
+        pruned += [Pruned(choices=choices, bound=sign * bound) for bound, choices in batch if bound > best]
+        if executor is None:
+            predictions = [replace(domain.simulate(job, c, cluster), trace=None) for c in chosen]
+        else:
+            waiting = [executor.submit(_simulate, domain.name, job, c, cluster) for c in chosen]
+            predictions = [future.result() for future in waiting]
+        for choices, prediction in zip(chosen, predictions, strict=True):
+            plan = Plan(kind=domain.name, job=job, choices=choices, cluster=cluster)
+            weighed.append(Weighed(plan=plan, prediction=prediction))
+        progress("weighing plans", min(first + wave, len(queue)), len(queue))
+    weighed.sort(key=lambda w: _loss(w.prediction.metrics[objective]))
+    return Ranking(objective=objective, weighed=tuple(weighed), rejected=tuple(rejected), pruned=tuple(pruned))
+
+
+def _sift(domain: Domain, job: Any, cluster: Any) -> tuple[list[Any], list[Rejected]]:
+    able, rejected = [], []
+    for choices in domain.candidates(job, cluster):
+        refusal = domain.check(job, choices, cluster)
+        if refusal is None:
+            able.append(choices)
+        else:
+            rejected.append(Rejected(choices=choices, refusal=refusal))
+    return able, rejected
+
+
+def _by_bound(domain: Domain, job: Any, able: list[Any], cluster: Any) -> tuple[list[tuple[float, Any]], int]:
+    """(loss bound, choices), most promising first, and the sign that turns a loss back into the metric."""
+    sign = -1 if domain.higher_is_better(job) else 1
+    bounds = [(sign * domain.bound(job, choices, cluster), choices) for choices in able]
+    return sorted(bounds, key=lambda pair: pair[0]), sign
