@@ -1,0 +1,85 @@
+"""What the engine asks of whoever computes: one narrow interface, behind which stand the real model and its simulated twin."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from stretto.serve.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One request's part of a pass.
+
+    Attributes:
+        id: the request.
+        tokens: the ids to feed: a chunk of its prompt, or its last token; the simulated twin looks at their number only.
+        start: the position of the first of them, which is also how many positions are cached.
+        table: the KV pages of the request, in order.
+        sampling: how its next token is drawn; None if this chunk yields none.
+        position: the position that the drawn token will have.
+    """
+
+    id: int
+    tokens: tuple[int, ...]
+    start: int
+    table: tuple[int, ...]
+    sampling: Sampling | None
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """All rows of one pass; `prefill` rows first, then the ones that decode."""
+
+    step: int
+    prefill: tuple[Row, ...]
+    decode: tuple[Row, ...]
+
+    @property
+    def phase(self) -> str:
+        if self.prefill and self.decode:
+            return "mixed"
+        return "prefill" if self.prefill else "decode"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassResult:
+    """What came out.
+
+    Attributes:
+        tokens: for each row that yields tokens, its new ids: one for each step taken.
+        boundaries_s: the start of the first step, then the end of each step, on the engine's clock.
+    """
+
+    tokens: dict[int, tuple[int, ...]]
+    boundaries_s: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.boundaries_s) - 1
+
+
+class Backend(Protocol):
+    """Computes passes. A call may fail or never answer; the engine then calls `wipe` and starts over from the tokens.
+
+    Attributes:
+        steps_at_once: most steps that one call takes.
+    """
+
+    steps_at_once: int
+
+    async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
+        """Carry out `work`, and up to `steps` - 1 further steps of the same decode rows.
+
+        When `news` is set, something has arrived that the scheduler should see: end at the next step boundary.
+        """
+
+    def wipe(self) -> None:
+        """Forget all KV and give up what is under way."""
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """These requests are gone; whatever is kept for them may be dropped."""

@@ -1,0 +1,378 @@
+"""The serving engine: asks the scheduler, awaits the backend, hands out tokens. It holds no policy and no tensors.
+
+The same lines run on the real clock with the model and on virtual time with its simulated twin; every event that the scheduler
+saw is logged, so a run can be replayed decision by decision. A backend that crashes or does not answer in time is wiped and
+the live requests are recomputed from their tokens: none is lost, doubled or given a token twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from stretto.core.clock import Clock
+from stretto.core.eventlog import EventLog
+from stretto.core.faults import BackendCrash
+from stretto.core.record import Recorder
+from stretto.core.trace import Key
+from stretto.serve.backend import Backend, Pass, PassResult, Row
+from stretto.serve.request import Answer, Request
+from stretto.serve.scheduler import Decision, Scheduler
+
+MAX_FAILURES_IN_A_ROW = 5
+
+
+class TextStream(Protocol):
+    """Turns an answer's tokens into text as they come, and finds stop strings."""
+
+    text: str
+
+    def push(self, token: int) -> bool:
+        """Take one token; true if the answer ends here because of a stop string."""
+
+    def finish(self) -> None:
+        """No more tokens: give out what was held back."""
+
+
+class NoText:
+    """For runs in which nobody reads the text."""
+
+    text = ""
+
+    def push(self, token: int) -> bool:
+        return False
+
+    def finish(self) -> None:
+        return None
+
+
+@dataclass(eq=False)
+class Handle:
+    """A submitted request: await `answer()`, or iterate over it for pieces of text as they come."""
+
+    request: Request
+    arrived_s: float
+    stream: TextStream
+    tokens: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+    started_s: float | None = None
+    reason: str | None = None
+    finished_s: float = 0.0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def answer(self) -> Answer:
+        """Wait for the end and return what came of it."""
+        while self.reason is None:
+            self._changed.clear()
+            await self._changed.wait()
+        return self.result()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        given = 0
+        while True:
+            text = self.stream.text
+            if len(text) > given:
+                yield text[given:]
+                given = len(text)
+            elif self.reason is not None:
+                return
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+
+    def result(self) -> Answer:
+        """The answer as far as it is known; `reason` is "" while it runs."""
+        return Answer(
+            id=self.request.id,
+            tokens=tuple(self.tokens),
+            text=self.stream.text,
+            reason=self.reason or "",
+            arrived_s=self.arrived_s,
+            first_token_s=self.times_s[0] if self.times_s else None,
+            finished_s=self.finished_s,
+            token_times_s=tuple(self.times_s),
+        )
+
+    def take(self, token: int, at: float) -> bool:
+        """Add a token that came at `at`; true if the answer is complete."""
+        self.tokens.append(token)
+        self.times_s.append(at)
+        if token in self.request.stop_tokens:
+            self.end("stop", at)
+        elif self.stream.push(token):
+            self.end("stop", at)
+        elif len(self.tokens) >= self.request.limit:
+            self.end("length", at)
+        self._changed.set()
+        return self.reason is not None
+
+    def end(self, reason: str, at: float) -> None:
+        self.reason = reason
+        self.finished_s = at
+        self.stream.finish()
+        self._changed.set()
+
+
+HostSeconds = Callable[[int], float]
+"""Modelled seconds of host work (scheduling, hand-out) in a step of so many rows; only virtual time asks."""
+
+
+class Engine:
+    """One engine on one backend.
+
+    Args:
+        scheduler: the policy; owned by this engine.
+        backend: who computes.
+        clock: real or virtual.
+        recorder: where spans go.
+        host_seconds: the model of host work, for virtual time.
+        step_timeout_s: a backend that takes longer for a step is taken for dead; None waits for ever.
+        log: where events and decisions go; None keeps no log.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        backend: Backend,
+        clock: Clock,
+        recorder: Recorder,
+        *,
+        host_seconds: HostSeconds = lambda rows: 0.0,
+        step_timeout_s: float | None = None,
+        log: EventLog | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.backend = backend
+        self.clock = clock
+        self.recorder = recorder
+        self.steps = 0
+        self.failures = 0
+        self.finished = 0
+        self._host_seconds = host_seconds
+        self._timeout_s = step_timeout_s
+        self._log = log
+        self._live: dict[int, Handle] = {}
+        self._tables: dict[int, tuple[int, ...]] = {}
+        self._inbox: list[dict[str, Any]] = []
+        self._closed = False
+        self._news = asyncio.Event()
+        self._failures_in_a_row = 0
+
+    # What callers do.
+
+    def submit(self, request: Request, stream: TextStream | None = None) -> Handle:
+        """Queue a request; it joins at a step boundary as the joining policy says.
+
+        Raises:
+            ValueError: if the number is taken, or the request can never fit into the KV pool.
+        """
+        if request.id in self._live:
+            raise ValueError(f"request {request.id} is already live; give each request its own number")
+        if not self.scheduler.can_ever_fit(len(request.prompt), request.limit):
+            size = self.scheduler.config.pages * self.scheduler.config.page_tokens
+            raise ValueError(
+                f"request {request.id}: prompt of {len(request.prompt)} + {request.limit} new tokens "
+                f"do not fit into the KV pool of {size} tokens"
+            )
+        handle = Handle(request, self.clock.now, stream or NoText())
+        self._live[request.id] = handle
+        self._post(
+            {
+                "type": "arrive",
+                "id": request.id,
+                "at": handle.arrived_s,
+                "prompt": len(request.prompt),
+                "limit": request.limit,
+            }
+        )
+        return handle
+
+    def cancel(self, request: int) -> None:
+        """End a request at the next step boundary; its pages are free then. Unknown numbers are ignored."""
+        if request in self._live:
+            self._post({"type": "cancel", "id": request})
+
+    def cancel_all(self) -> None:
+        for request in list(self._live):
+            self.cancel(request)
+
+    def close(self) -> None:
+        """No more requests will come: `run` returns when the live ones are done."""
+        self._closed = True
+        self._post({"type": "close"})
+
+    async def run(self) -> None:
+        """Serve until closed and empty."""
+        while True:
+            self._take_inbox()
+            if not self._live:
+                if self._closed:
+                    return
+                await self._sleep_until(float("inf"))
+                continue
+            with self.clock.spend("host", self._host_seconds(len(self._live))):
+                decision = self.scheduler.next_decision()
+                if self._log is not None:
+                    self._log.decided(self.clock.now, decision.to_json())
+                work = self._pass(decision) if decision.idle_until is None else None
+            if work is None:
+                await self._sleep_until(decision.idle_until or 0.0)
+                self._tell({"type": "tick", "at": self.clock.now})
+            else:
+                await self._carry_out(work, decision.steps)
+
+    # Events.
+
+    def _post(self, event: dict[str, Any]) -> None:
+        self._inbox.append(event)
+        self._news.set()
+
+    def _take_inbox(self) -> None:
+        events, self._inbox = self._inbox, []
+        self._news.clear()
+        for event in events:
+            if event["type"] == "cancel":
+                handle = self._live.get(event["id"])
+                if handle is None:
+                    continue
+                self._tell(event)
+                self._retire(handle, "cancelled")
+            else:
+                self._tell(event)
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.saw(event)
+        self.scheduler.apply(event)
+
+    async def _sleep_until(self, when: float) -> None:
+        waiting = asyncio.ensure_future(self._news.wait())
+        try:
+            if when == float("inf"):
+                await self.clock.wait(waiting, "engine waits for a request")
+            else:
+                async with self.clock.timeout(max(0.0, when - self.clock.now)):
+                    await self.clock.wait(waiting, "engine waits for company or a request")
+        except TimeoutError:
+            pass
+        finally:
+            waiting.cancel()
+
+    # Steps.
+
+    def _pass(self, decision: Decision) -> Pass:
+        for request in decision.preempted:
+            self._tables.pop(request, None)
+        for request, new in decision.pages:
+            self._tables[request] = self._tables.get(request, ()) + new
+        now = self.clock.now
+        for chunk in decision.prefill:
+            handle = self._live[chunk.id]
+            if handle.started_s is None:
+                handle.started_s = now
+                key = Key("queue", micro_batch=chunk.id)
+                self.recorder.request("requests", handle.arrived_s, now, key)
+        return Pass(
+            step=self.steps,
+            prefill=tuple(self._prompt_row(c.id, c.start, c.count, c.last) for c in decision.prefill),
+            decode=tuple(self._decode_row(i) for i in decision.decode),
+        )
+
+    def _prompt_row(self, request: int, start: int, count: int, last: bool) -> Row:
+        handle = self._live[request]
+        prompt = handle.request.prompt
+        text = prompt if start + count <= len(prompt) else prompt + tuple(handle.tokens)
+        return Row(
+            id=request,
+            tokens=text[start : start + count],
+            start=start,
+            table=self._tables[request],
+            sampling=handle.request.sampling if last else None,
+            position=start + count,
+        )
+
+    def _decode_row(self, request: int) -> Row:
+        handle = self._live[request]
+        position = len(handle.request.prompt) + len(handle.tokens)
+        return Row(
+            id=request,
+            tokens=(handle.tokens[-1],),
+            start=position - 1,
+            table=self._tables[request],
+            sampling=handle.request.sampling,
+            position=position,
+        )
+
+    async def _carry_out(self, work: Pass, steps: int) -> None:
+        """Take up to `steps` steps, ending early when a request finishes or something arrives; tell the scheduler."""
+        done, failed = 0, False
+        finished: list[int] = []
+        while done < steps and not finished and (done == 0 or not self._inbox):
+            if done:
+                rows = tuple(self._decode_row(row.id) for row in work.decode)
+                work = Pass(step=self.steps, prefill=(), decode=rows)
+            result = await self._ask(work, steps - done)
+            if result is None:
+                failed = True
+                break
+            done += result.steps
+            with self.clock.spend("host", 0.0):
+                finished = self._hand_out(work, result)
+        if done:
+            self._tell({"type": "ran", "at": self.clock.now, "steps": done, "finished": finished})
+        if failed:
+            self._lost()
+
+    async def _ask(self, work: Pass, steps: int) -> PassResult | None:
+        try:
+            if self._timeout_s is None:
+                return await self.backend.run(work, steps, self._news)
+            async with self.clock.timeout(self._timeout_s * min(steps, self.backend.steps_at_once)):
+                return await self.backend.run(work, steps, self._news)
+        except (TimeoutError, BackendCrash):
+            return None
+
+    def _hand_out(self, work: Pass, result: PassResult) -> list[int]:
+        edges = result.boundaries_s
+        for k in range(result.steps):
+            key = Key(work.phase, step=self.steps)
+            self.recorder.span("device", edges[k], edges[k + 1], key)
+            self.steps += 1
+        self.recorder.counter("running", edges[0], len(work.prefill) + len(work.decode))
+        finished = []
+        if result.tokens:
+            self._failures_in_a_row = 0
+        for request, tokens in result.tokens.items():
+            handle = self._live[request]
+            for k, token in enumerate(tokens):
+                if handle.take(token, edges[k + 1]):
+                    finished.append(request)
+                    break
+        for request in finished:
+            self._retire(self._live[request], None)
+        return finished
+
+    def _retire(self, handle: Handle, reason: str | None) -> None:
+        request = handle.request.id
+        if reason is not None:
+            handle.end(reason, self.clock.now)
+        key = Key("request", micro_batch=request)
+        self.recorder.request("requests", handle.arrived_s, max(handle.finished_s, handle.arrived_s), key)
+        del self._live[request]
+        self.finished += 1
+        self._tables.pop(request, None)
+        self.backend.forget([request])
+
+    def _lost(self) -> None:
+        """The backend failed: wipe it, and start the live requests over from their tokens, or give up."""
+        self.failures += 1
+        self._failures_in_a_row += 1
+        self.backend.wipe()
+        self._tables.clear()
+        self._tell({"type": "lost", "at": self.clock.now})
+        if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            for request, handle in list(self._live.items()):
+                self._tell({"type": "cancel", "id": request})
+                self._retire(handle, "failed")

@@ -1,0 +1,59 @@
+"""A request and its answer, as the engine sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stretto.serve.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked: token ids in, at most `limit` new tokens out.
+
+    Attributes:
+        id: number of the request, unique within an engine.
+        prompt: token ids, at least one.
+        limit: most new tokens, at least one.
+        stop_tokens: token ids that end the answer (they are not part of its text).
+        stop: strings that end the answer (likewise).
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    limit: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_tokens: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError(f"request {self.id}: the prompt is empty; it must hold at least one token")
+        if self.limit < 1:
+            raise ValueError(f"request {self.id}: limit is {self.limit}; it must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came of a request.
+
+    Attributes:
+        tokens: new token ids, the ending one included.
+        text: the text of the answer.
+        reason: why it ended: "stop", "length", "cancelled" or "failed".
+        arrived_s, first_token_s, finished_s: instants on the engine's clock; first_token_s is None if there was none.
+        token_times_s: the instant of each token.
+    """
+
+    id: int
+    tokens: tuple[int, ...]
+    text: str
+    reason: str
+    arrived_s: float
+    first_token_s: float | None
+    finished_s: float
+    token_times_s: tuple[float, ...] = ()
+
+    @property
+    def latency_s(self) -> float:
+        return self.finished_s - self.arrived_s

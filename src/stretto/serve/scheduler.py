@@ -1,0 +1,274 @@
+"""The engine's scheduler: a pure policy, events in, decisions out. It never sees a tensor, a clock or a token's value.
+
+Iteration-level scheduling under a token budget (Orca, Yu et al., OSDI 2022; chunked prefill, Sarathi, Agrawal et al. 2023) over
+one pool of KV pages (vLLM, Kwon et al., SOSP 2023). When pages run out, the request that joined last is put back to the head
+of the queue and later recomputed. A decision says for how many steps it stays valid, so that both drivers may take them at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from stretto.serve.blocks import BlockPool
+from stretto.serve.joining import JOININGS, Waiting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """Everything the scheduler's decisions depend on besides events.
+
+    Attributes:
+        joining: name of the joining policy.
+        slots: most requests that run at once.
+        pages, page_tokens: size of the KV pool.
+        prefill_tokens: most prompt tokens in one step.
+        max_wait_s: longest wait for company, for policies that have one.
+    """
+
+    joining: str
+    slots: int
+    pages: int
+    page_tokens: int
+    prefill_tokens: int
+    max_wait_s: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Prompt positions start .. start+count-1 of one request; `last` if its next token comes out of this pass."""
+
+    id: int
+    start: int
+    count: int
+    last: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What to do next.
+
+    Attributes:
+        prefill: prompt chunks of this step.
+        decode: requests that each get one token a step.
+        pages: page tables that grew: (id, new pages).
+        preempted: requests whose pages were taken back before this step.
+        steps: for how many steps this holds unless something arrives, finishes or is cancelled.
+        idle_until: nothing to do before this time (seconds); infinity: until an event. None: there is work.
+    """
+
+    prefill: tuple[Chunk, ...] = ()
+    decode: tuple[int, ...] = ()
+    pages: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    preempted: tuple[int, ...] = ()
+    steps: int = 1
+    idle_until: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prefill": [[c.id, c.start, c.count, int(c.last)] for c in self.prefill],
+            "decode": list(self.decode),
+            "pages": [[i, list(new)] for i, new in self.pages],
+            "preempted": list(self.preempted),
+            "steps": self.steps,
+            "idle_until": self.idle_until if self.idle_until != float("inf") else "event",
+        }
+
+
+@dataclass(slots=True)
+class _Request:
+    """One live request. `computed` positions have their KV; `produced` tokens are out; its text is `prompt + produced` long."""
+
+    id: int
+    arrived_s: float
+    prompt: int
+    limit: int
+    produced: int = 0
+    computed: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.produced
+
+    @property
+    def decoding(self) -> bool:
+        return self.produced > 0 and self.computed == self.length - 1
+
+
+@dataclass
+class Scheduler:
+    """See the module. `apply` takes an event, `decide` gives a decision; `waiting` and `running` are in order.
+
+    Events: {"type": "arrive", "id", "at", "prompt", "limit"}, {"type": "ran", "steps", "finished": [ids]} after each
+    decision that was carried out, {"type": "cancel", "id"}, {"type": "lost"} (the backend forgot all KV and the step's results),
+    {"type": "close"} (no more will arrive), {"type": "tick", "at"} (time, where the policy asked to be woken).
+    """
+
+    config: SchedulerConfig
+    now_s: float = 0.0
+    closed: bool = False
+    waiting: list[_Request] = field(default_factory=list)
+    running: list[_Request] = field(default_factory=list)
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.pool = BlockPool(pages=c.pages, page_tokens=c.page_tokens)
+        self.joining = JOININGS[c.joining](slots=c.slots, max_wait_s=c.max_wait_s)
+        self._last = Decision()
+
+    # Events.
+
+    def apply(self, event: dict[str, Any]) -> None:
+        """Take in one event; see the class for their forms."""
+        getattr(self, f"_on_{event['type']}")(event)
+
+    def can_ever_fit(self, prompt: int, limit: int) -> bool:
+        """Whether a request of this size fits into the empty pool (its last token needs no KV)."""
+        return -(-(prompt + limit - 1) // self.config.page_tokens) <= self.config.pages
+
+    def _on_arrive(self, event: dict[str, Any]) -> None:
+        self.now_s = max(self.now_s, event["at"])
+        request = _Request(event["id"], event["at"], event["prompt"], event["limit"])
+        assert self.can_ever_fit(request.prompt, request.limit), f"request {request.id} can never fit"
+        self.waiting.append(request)
+
+    def _on_ran(self, event: dict[str, Any]) -> None:
+        self.now_s = max(self.now_s, event["at"])
+        steps, finished = event["steps"], set(event["finished"])
+        chunks = {chunk.id: chunk for chunk in self._last.prefill}
+        decoded = set(self._last.decode)
+        for request in self.running:
+            chunk = chunks.get(request.id)
+            if chunk is not None:
+                request.computed += chunk.count
+                request.produced += chunk.last
+            elif request.id in decoded:
+                request.computed += steps
+                request.produced += steps
+        self._drop({r.id for r in self.running if r.id in finished or r.produced >= r.limit})
+
+    def _on_cancel(self, event: dict[str, Any]) -> None:
+        self._drop({event["id"]})
+        self.waiting = [r for r in self.waiting if r.id != event["id"]]
+
+    def _on_lost(self, event: dict[str, Any]) -> None:
+        self.now_s = max(self.now_s, event["at"])
+        self.pool.release_all()
+        for request in self.running:
+            request.computed = 0
+        self.waiting = self.running + self.waiting
+        self.running = []
+
+    def _on_close(self, event: dict[str, Any]) -> None:
+        self.closed = True
+
+    def _on_tick(self, event: dict[str, Any]) -> None:
+        self.now_s = max(self.now_s, event["at"])
+
+    def _drop(self, ids: set[int]) -> None:
+        for request in self.running:
+            if request.id in ids:
+                self.pool.release(request.id)
+        self.running = [r for r in self.running if r.id not in ids]
+
+    # Decisions.
+
+    def decide(self) -> dict[str, Any]:
+        """`next_decision` as plain JSON values, for the event log."""
+        return self.next_decision().to_json()
+
+    def next_decision(self) -> Decision:
+        """What to do now. Changes the state: joins, page tables and preemptions are settled here."""
+        grown: dict[int, tuple[int, ...]] = {}
+        preempted = self._grow_decoders(grown)
+        if not preempted:
+            self._admit()
+        prefill = self._fill(grown)
+        decode = tuple(r.id for r in self.running if r.decoding)
+        if not prefill and not decode:
+            self._last = Decision(preempted=preempted, idle_until=self._idle_until())
+        else:
+            self._last = Decision(
+                prefill=prefill,
+                decode=decode,
+                pages=tuple(grown.items()),
+                preempted=preempted,
+                steps=1 if prefill else self._valid_steps(),
+            )
+        return self._last
+
+    def _grow_decoders(self, grown: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
+        """Give each decoding request the page for its next position, taking from the last joined when none is free."""
+        preempted: list[int] = []
+        for request in list(self.running):
+            if request.id in preempted or not request.decoding:
+                continue
+            while not self.pool.can_allocate(request.id, request.length):
+                victim = self.running[-1]
+                preempted.append(victim.id)
+                grown.pop(victim.id, None)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            else:
+                self._allocate(request, request.length, grown)
+        return tuple(preempted)
+
+    def _preempt(self, victim: _Request) -> None:
+        self.preemptions += 1
+        self.pool.release(victim.id)
+        self.running.remove(victim)
+        victim.computed = 0
+        self.waiting.insert(0, victim)
+
+    def _admit(self) -> None:
+        if not self.waiting or len(self.running) >= self.config.slots:
+            return
+        seen = [Waiting(id=r.id, arrived_s=r.arrived_s, prompt=r.prompt, limit=r.limit) for r in self.waiting]
+        chosen = self.joining.join(seen, len(self.running), self.now_s, self.closed)
+        by_id = {r.id: r for r in self.waiting}
+        promised = sum(self.pool.missing(r.id, r.length) for r in self.running)
+        admitted = set()
+        for request in (by_id[i] for i in chosen):
+            promised += self.pool.missing(request.id, request.length)
+            if promised > self.pool.free:
+                break
+            admitted.add(request.id)
+            self.running.append(request)
+        self.waiting = [r for r in self.waiting if r.id not in admitted]
+
+    def _fill(self, grown: dict[int, tuple[int, ...]]) -> tuple[Chunk, ...]:
+        """Prompt chunks in order of joining, within the step's budget of prompt tokens and the free pages."""
+        budget = self.config.prefill_tokens
+        chunks = []
+        for request in self.running:
+            if request.decoding or not budget:
+                continue
+            left = request.length - request.computed
+            count = min(left, budget)
+            if not self.pool.can_allocate(request.id, request.computed + count):
+                break
+            self._allocate(request, request.computed + count, grown)
+            chunks.append(Chunk(id=request.id, start=request.computed, count=count, last=count == left))
+            budget -= count
+        return tuple(chunks)
+
+    def _allocate(self, request: _Request, tokens: int, grown: dict[int, tuple[int, ...]]) -> None:
+        new = self.pool.allocate(request.id, tokens)
+        if new:
+            grown[request.id] = grown.get(request.id, ()) + new
+
+    def _valid_steps(self) -> int:
+        """Steps until a request that decodes reaches its limit or needs a new page; others wait for pages meanwhile."""
+        page = self.config.page_tokens
+        return min(
+            min(r.limit - r.produced, len(self.pool.table(r.id)) * page - r.length + 1)
+            for r in self.running
+            if r.decoding
+        )
+
+    def _idle_until(self) -> float:
+        seen = [Waiting(id=r.id, arrived_s=r.arrived_s, prompt=r.prompt, limit=r.limit) for r in self.waiting]
+        wake = self.joining.wake_s(seen, len(self.running))
+        return float("inf") if wake is None else wake

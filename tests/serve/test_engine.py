@@ -1,0 +1,192 @@
+"""The engine and its scheduler on virtual time: joins, lengths, cancels, preemption, replay, and five hundred bad days."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stretto.core.eventlog import replay
+from stretto.core.faults import draw_faults
+from stretto.core.random import integers
+from stretto.serve.request import Request
+from stretto.serve.scheduler import Scheduler
+
+from .worlds import Ask, World, config, play
+
+
+def assert_lawful(world: World, asks: list[Ask]) -> None:
+    """Nothing lost, doubled or leaked; the trace has no lane that does two things at once."""
+    assert set(world.answers) == set(range(len(asks)))
+    for i, ask in enumerate(asks):
+        answer = world.answers[i]
+        if answer.reason in ("stop", "length"):
+            assert len(answer.tokens) == min(ask.length, ask.limit)
+        else:
+            assert answer.reason == "cancelled"
+            assert len(answer.tokens) < min(ask.length, ask.limit)
+        assert list(answer.token_times_s) == sorted(answer.token_times_s)
+    world.scheduler.pool.audit()
+    assert world.scheduler.pool.held == 0
+    assert not world.scheduler.running
+    assert not world.scheduler.waiting
+    assert world.trace.overlaps() == []
+
+
+def test_all_at_once_take_as_many_steps_as_the_longest() -> None:
+    asks = [Ask(length=n) for n in (3, 7, 5)]
+    world = play(asks, config())
+    assert_lawful(world, asks)
+    assert len(world.trace.spans) == 7
+
+
+@pytest.mark.parametrize(("gap", "steps"), [(2, 10 + 2 * 2), (9, 10 + 2 * 9), (20, 30)])
+def test_fused_steps_are_the_union_of_the_active_intervals(gap: int, steps: int) -> None:
+    """Arrivals k steps apart: T + (n-1)k steps while k < T, else nT; never the sum (Flover's invariant)."""
+    asks = [Ask(at=gap * 1.02 * i + (0.01 if i else 0.0), length=10, prompt=1) for i in range(3)]
+    world = play(asks, config())
+    assert_lawful(world, asks)
+    assert abs(len(world.trace.spans) - steps) <= 2
+
+
+def test_a_request_joins_at_the_next_step_boundary() -> None:
+    asks = [Ask(length=50), Ask(at=10.3, length=3)]
+    world = play(asks, config())
+    assert world.answers[1].first_token_s is not None
+    assert world.answers[1].first_token_s - 10.3 < 2.1
+
+
+def test_static_batches_wait_for_their_longest_member() -> None:
+    asks = [Ask(length=2), Ask(length=9), Ask(length=2)]
+    world = play(asks, config(joining="static", slots=2, pages=2))
+    assert_lawful(world, asks)
+    assert world.answers[2].token_times_s[0] > world.answers[1].finished_s
+    continuous = play(asks, config(slots=2, pages=2))
+    assert continuous.trace.makespan < world.trace.makespan
+
+
+def test_dynamic_batches_start_when_the_oldest_has_waited_long_enough() -> None:
+    asks = [Ask(length=2), Ask(at=100.0, length=2)]
+    world = play(asks, config(joining="dynamic", max_wait_s=3.0))
+    assert_lawful(world, asks)
+    first = world.answers[0].first_token_s
+    assert first is not None
+    assert first == pytest.approx(3.0 + 1.01)
+
+
+def test_cancel_frees_the_slot_and_keeps_what_was_said() -> None:
+    asks = [Ask(length=50, cancel_at=5.5), Ask(length=3, at=1.0)]
+    world = play(asks, config(slots=1, pages=1))
+    assert_lawful(world, asks)
+    assert world.answers[0].reason == "cancelled"
+    assert 4 <= len(world.answers[0].tokens) <= 6
+    assert world.answers[1].first_token_s < 8.2  # type: ignore[operator]
+
+
+def test_pages_run_out_and_the_last_joined_is_recomputed() -> None:
+    asks = [Ask(prompt=8, length=20, limit=20), Ask(prompt=8, length=20, limit=20)]
+    world = play(asks, config(pages=6, page_tokens=8, slots=2))
+    assert_lawful(world, asks)
+    assert world.scheduler.preemptions > 0
+
+
+def test_long_prompts_come_in_chunks_and_others_decode_meanwhile() -> None:
+    asks = [Ask(prompt=5, length=30), Ask(at=3.0, prompt=150, length=2)]
+    world = play(asks, config(prefill_tokens=16))
+    assert_lawful(world, asks)
+    phases = world.trace.phase_seconds
+    assert phases["mixed"] > 9
+    gaps = [b - a for a, b in zip(world.answers[0].token_times_s, world.answers[0].token_times_s[1:], strict=False)]
+    assert max(gaps) < 1.0 + 16 * 0.001 + 1e-9
+
+
+def test_what_can_never_fit_is_refused_at_the_door() -> None:
+    def too_long(engine: object) -> None:
+        with pytest.raises(ValueError, match="do not fit into the KV pool of 800 tokens"):
+            engine.submit(Request(id=9, prompt=(1,) * 790, limit=20))  # type: ignore[attr-defined]
+
+    play([Ask()], config(), watch=too_long)
+
+
+def test_a_backend_that_dies_for_good_fails_the_requests_and_ends() -> None:
+    faults = draw_faults(1, count=40, calls=40, seconds=1.0, kinds=("loss",))
+    world = play([Ask(length=30)], config(), faults=faults, step_timeout_s=5.0)
+    assert world.answers[0].reason == "failed"
+
+
+asks_strategy = st.lists(
+    st.builds(
+        Ask,
+        at=st.floats(0, 30),
+        prompt=st.integers(1, 60),
+        length=st.integers(1, 40),
+        limit=st.integers(1, 40),
+        cancel_at=st.none() | st.floats(30, 60),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    asks=asks_strategy,
+    joining=st.sampled_from(["continuous", "dynamic", "static"]),
+    slots=st.integers(1, 5),
+    page_tokens=st.sampled_from([1, 7, 100]),
+    spare=st.integers(0, 40),
+    prefill_tokens=st.integers(1, 64),
+)
+def test_any_load_under_any_policy_is_served_whole_and_replays(
+    asks: list[Ask], joining: str, slots: int, page_tokens: int, spare: int, prefill_tokens: int
+) -> None:
+    pages = -(-100 // page_tokens) + spare
+    world = play(
+        asks,
+        config(joining=joining, slots=slots, pages=pages, page_tokens=page_tokens, prefill_tokens=prefill_tokens),
+    )
+    assert_lawful(world, asks)
+    again = replay(world.log, Scheduler(world.scheduler.config))
+    assert again.equal, again.different[:1]
+
+
+def test_replay_notices_a_policy_that_decides_otherwise() -> None:
+    world = play([Ask(length=9), Ask(length=9)], config())
+    changed = replay(world.log, Scheduler(config(slots=1)))
+    assert not changed.equal
+
+
+def bad_day(seed: int) -> tuple[list[Ask], World]:
+    draws = integers(seed, 9, range(200), 1000)
+    asks = [
+        Ask(
+            at=float(draws[i]) / 3,
+            prompt=1 + int(draws[20 + i]) % 50,
+            length=35 + int(draws[40 + i]) % 40,
+            cancel_at=250.0 if draws[60 + i] % 10 == 0 else None,
+        )
+        for i in range(20)
+    ]
+    settings_ = config(slots=1 + seed % 4, pages=40, page_tokens=(1, 8, 16)[seed % 3] * 8, prefill_tokens=24)
+    faults = draw_faults(seed, count=3, calls=30, seconds=2.0)
+    return asks, play(asks, settings_, faults=faults, step_timeout_s=60.0)
+
+
+def assert_survived(asks: list[Ask], world: World) -> None:
+    assert_lawful(world, asks)
+    assert len(world.trace.spans) >= 200
+    assert len({(f.kind, f.call) for f in world.injected}) == 3
+    assert replay(world.log, Scheduler(world.scheduler.config)).equal
+
+
+def test_a_backend_that_fails_whenever_it_should_decode_is_given_up() -> None:
+    """Prompt passes that succeed in between are no progress."""
+    faults = tuple(f for f in draw_faults(1, count=40, calls=40, seconds=1.0, kinds=("loss",)) if f.call % 2)
+    world = play([Ask(prompt=10, length=30)], config(prefill_tokens=5), faults=faults, step_timeout_s=5.0)
+    assert world.answers[0].reason == "failed"
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_five_hundred_bad_days_lose_double_and_leak_nothing(block: int) -> None:
+    for seed in range(50 * block, 50 * block + 50):
+        assert_survived(*bad_day(seed))

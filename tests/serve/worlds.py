@@ -1,0 +1,134 @@
+"""Small worlds on virtual time for the tests of the engine: a cost of round numbers, requests, a run to the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from stretto.core.clock import VirtualClock, simulate_async
+from stretto.core.eventlog import EventLog
+from stretto.core.faults import Fault, FaultInjector
+from stretto.core.record import Recorder
+from stretto.core.trace import Trace
+from stretto.serve.backend import Backend, Pass, PassResult
+from stretto.serve.engine import Engine
+from stretto.serve.request import Answer, Request
+from stretto.serve.sampling import Sampling
+from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.simulated import END, SimulatedBackend
+
+
+class RoundCost:
+    """A pass takes 1 s and 1 ms a prompt token, whatever the rows."""
+
+    def prefill_s(self, chunks: Sequence[tuple[int, int]], decode_contexts: Sequence[int]) -> float:
+        return 1.0 + 0.001 * sum(new for new, _ in chunks)
+
+    def decode_s(self, contexts: Sequence[int], steps: int) -> list[float]:
+        return [1.0] * steps
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request of a world: when it comes, its prompt's length, the length of its answer, its limit, when it is cancelled."""
+
+    at: float = 0.0
+    prompt: int = 10
+    length: int = 5
+    limit: int = 100
+    cancel_at: float | None = None
+
+
+@dataclass
+class World:
+    """What came of a run."""
+
+    answers: dict[int, Answer]
+    trace: Trace
+    log: EventLog
+    scheduler: Scheduler
+    failures: int
+    injected: list[Fault] = field(default_factory=list)
+
+
+class FaultyBackend:
+    """A backend behind an injector of faults."""
+
+    def __init__(self, inner: Backend, injector: FaultInjector) -> None:
+        self._inner = inner
+        self.steps_at_once = inner.steps_at_once
+        self._injector = injector
+
+    async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
+        return await self._injector.call(lambda: self._inner.run(work, steps, news), self._inner.wipe)
+
+    def wipe(self) -> None:
+        self._inner.wipe()
+
+    def forget(self, ids: Iterable[int]) -> None:
+        self._inner.forget(ids)
+
+
+def config(**changes: object) -> SchedulerConfig:
+    values: dict[str, object] = {
+        "joining": "continuous",
+        "slots": 4,
+        "pages": 4,
+        "page_tokens": 200,
+        "prefill_tokens": 1000,
+    }
+    return SchedulerConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def play(
+    asks: Sequence[Ask],
+    settings: SchedulerConfig,
+    *,
+    faults: tuple[Fault, ...] = (),
+    step_timeout_s: float | None = None,
+    watch: Callable[[Engine], None] | None = None,
+) -> World:
+    """Run `asks` to the end on virtual time."""
+
+    async def main(clock: VirtualClock) -> World:
+        scheduler, recorder, log = Scheduler(settings), Recorder("simulated"), EventLog()
+        lengths = {i: ask.length for i, ask in enumerate(asks)}
+        prompts = {i: ask.prompt for i, ask in enumerate(asks)}
+        backend: Backend = SimulatedBackend(RoundCost(), clock, lengths, prompts)
+        injector = FaultInjector(faults, clock)
+        if faults:
+            backend = FaultyBackend(backend, injector)
+        engine = Engine(scheduler, backend, clock, recorder, step_timeout_s=step_timeout_s, log=log)
+        running = asyncio.ensure_future(engine.run())
+        handles = {}
+
+        async def cancel(request: int, at: float) -> None:
+            await clock.sleep(at - clock.now)
+            engine.cancel(request)
+
+        cancels = []
+        for i, ask in sorted(enumerate(asks), key=lambda pair: pair[1].at):
+            if ask.at > clock.now:
+                await clock.sleep(ask.at - clock.now)
+            handles[i] = engine.submit(_request(i, ask))
+            if ask.cancel_at is not None:
+                cancels.append(asyncio.ensure_future(cancel(i, ask.cancel_at)))
+            if watch is not None:
+                watch(engine)
+        engine.close()
+        await clock.wait(running, "the test waits for the engine")
+        answers = {i: await handle.answer() for i, handle in handles.items()}
+        return World(answers, recorder.trace(), log, scheduler, engine.failures, injector.injected)
+
+    return simulate_async(main)
+
+
+def _request(number: int, ask: Ask) -> Request:
+    return Request(
+        id=number,
+        prompt=(7,) * ask.prompt,
+        limit=ask.limit,
+        sampling=Sampling(),
+        stop_tokens=frozenset({END}),
+    )
