@@ -1,0 +1,359 @@
+"""The forward pass of a Llama-family decoder over a ragged batch and a paged KV cache, for a CPU.
+
+What differs from the textbook, each for fewer or faster operations and none for the result beyond rounding:
+queries, keys and values are one product, and so are gate and up; norm weights are folded into the columns
+of the product that follows; an RMS norm is x / hypot(|x|, sqrt(width * eps)), with sqrt(width) folded too;
+rotary partners lie next to each other, so that a rotation is one complex product; the residual stream is
+fp32 whatever the type of the products.
+
+Shapes: T rows of the pass, H hidden, Q and K query and KV heads, D head width, F MLP width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from stretto.core.errors import UserError
+from stretto.models.batching import Attend, PassPlan, Segment, plan_pass
+from stretto.models.kv_cache import KVCache
+from stretto.models.linear import linear_map
+from stretto.models.quantized import PackedTensor
+from stretto.models.spec import ModelSpec
+from stretto.models.weights import ROPE_DIVISORS, Weights, query_key_order
+
+if TYPE_CHECKING:
+    from stretto.models.linear import LinearMap
+
+Timer = Callable[[str], None]
+"""Called at the end of each section with its name, as `ModelSpec.operations` names it; "plan" comes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    qkv: LinearMap
+    out: LinearMap
+    gate_up: LinearMap
+    down: LinearMap
+    qk_norm: torch.Tensor | None
+    """[Q + K, D] weights of Qwen3's head norms, sqrt(D) included."""
+
+
+class Transformer:
+    """A model ready to run; made by `build`, used through `forward`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        *,
+        embed: LinearMap,
+        layers: Sequence[_Layer],
+        head: LinearMap,
+        frequencies: torch.Tensor,
+    ) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self._embed = embed
+        self._layers = layers
+        self._head = head
+        self._frequencies = frequencies
+        self._norm_floor = torch.tensor(math.sqrt(spec.hidden * spec.norm_eps))
+        self._head_norm_floor = torch.tensor(math.sqrt(spec.head_dim * spec.norm_eps))
+
+    def new_cache(self, *, pages: int, page_tokens: int) -> KVCache:
+        """An empty cache of this model's type."""
+        return KVCache(self.spec, pages=pages, page_tokens=page_tokens, dtype=self.dtype)
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: torch.Tensor, segments: Sequence[Segment], cache: KVCache, timer: Timer | None = None
+    ) -> torch.Tensor:
+        """Run one pass; keys and values of the new tokens are in `cache` afterwards.
+
+        Args:
+            tokens: int64 [T], the segments' new tokens one after another.
+            segments: which rows belong to which sequence; prompts, chunks of prompts and single tokens may
+            mix. cache: where each sequence's earlier tokens are. timer: called after every section.
+
+        Returns:
+            fp32 logits [wanted rows, vocab], in the order of the segments.
+
+        Raises:
+            ValueError: rows, lengths or pages do not fit together.
+        """
+        plan = plan_pass(segments, cache)
+        if len(tokens) != len(plan.positions):
+            raise ValueError(f"tokens has {len(tokens)} rows; the segments have {len(plan.positions)}")
+        turns = torch.polar(torch.tensor(1.0), plan.positions[:, None, None] * self._frequencies)
+        if timer:
+            timer("plan")
+
+        x = self._embed(tokens if plan.order is None else tokens[plan.order])
+        if timer:
+            timer("embed")
+        for index, layer in enumerate(self._layers):
+            self._layer(index, layer, x, turns, plan, cache, timer)
+
+        if plan.logits is not None:
+            x = x.index_select(0, plan.logits)
+        if not len(x):
+            return torch.empty(0, self.spec.vocab)
+        normed = self._norm(x)
+        if timer:
+            timer("norm_final")
+        logits = self._head(normed).float()
+        if timer:
+            timer("lm_head")
+        return logits
+
+    def _layer(
+        self,
+        index: int,
+        layer: _Layer,
+        x: torch.Tensor,
+        turns: torch.Tensor,
+        plan: PassPlan,
+        cache: KVCache,
+        timer: Timer | None,
+    ) -> None:
+        """One layer, added onto the residual stream x [T, H] in place."""
+        spec = self.spec
+        turned = spec.heads + spec.kv_heads
+
+        normed = self._norm(x)
+        if timer:
+            timer("norm_attention")
+        heads = layer.qkv(normed).view(len(x), -1, spec.head_dim)
+        if timer:
+            timer("qkv")
+        if layer.qk_norm is not None:
+            self._norm_heads(heads[:, :turned], layer.qk_norm)
+            if timer:
+                timer("norm_qk")
+        _rotate(heads[:, :turned], turns)
+        if timer:
+            timer("rope")
+        new = heads[:, spec.heads :]
+        cache.flat[index].index_copy_(0, plan.writes, new.reshape(-1, spec.head_dim).to(cache.dtype))
+        if timer:
+            timer("kv_write")
+        mixed = self._attention(index, heads, plan, cache, timer)
+        added = layer.out(mixed)
+        if timer:
+            timer("out")
+        x.add_(added)
+        if timer:
+            timer("add_attention")
+
+        normed = self._norm(x)
+        if timer:
+            timer("norm_mlp")
+        both = layer.gate_up(normed)
+        if timer:
+            timer("gate_up")
+        active = silu(both[:, : spec.ffn]).mul_(both[:, spec.ffn :])
+        if timer:
+            timer("activation")
+        added = layer.down(active)
+        if timer:
+            timer("down")
+        x.add_(added)
+        if timer:
+            timer("add_mlp")
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        """x / RMS(x) / sqrt(H), in the type of the products; what is left of the norm is in the weights."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x.div(length.hypot_(self._norm_floor)).to(self.dtype)
+
+    def _norm_heads(self, heads: torch.Tensor, weight: torch.Tensor) -> None:
+        """Norm each head of [T, Q + K, D] in place."""
+        wide = heads.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        heads.copy_(wide.div(length.hypot_(self._head_norm_floor)).mul_(weight))
+
+    def _attention(
+        self, index: int, heads: torch.Tensor, plan: PassPlan, cache: KVCache, timer: Timer | None
+    ) -> torch.Tensor:
+        """Every attention call of the pass for heads [T, Q + 2K, D]: [T, Q * D]."""
+        if len(plan.decode) == 1 and not plan.prefill:
+            mixed = self._decode(index, heads, plan.decode[0], cache)
+            if timer:
+                timer("attention_decode")
+            return mixed
+        mixed = heads.new_empty(len(heads), self.spec.q_width)
+        for call in plan.decode:
+            mixed[call.first : call.last] = self._decode(index, heads, call, cache)
+        if timer and plan.decode:
+            timer("attention_decode")
+        for call in plan.prefill:
+            mixed[call.first : call.last] = self._prefill(index, heads, call, cache)
+            if timer:
+                timer("attention_prefill")
+        return mixed
+
+    def _decode(self, index: int, heads: torch.Tensor, call: Attend, cache: KVCache) -> torch.Tensor:
+        """One row a sequence: the query heads of a KV head stand in for rows, so no key is read twice."""
+        spec, context = self.spec, call.context
+        assert context is not None
+        rows = heads[call.first : call.last, : spec.heads]
+        grouped = rows.view(len(rows), spec.kv_heads, -1, spec.head_dim)
+        found = context.read(cache, index)
+        mixed = scaled_dot_product_attention(
+            grouped, found[:, : spec.kv_heads], found[:, spec.kv_heads :], attn_mask=context.mask
+        )
+        return mixed.reshape(len(rows), spec.q_width)
+
+    def _prefill(self, index: int, heads: torch.Tensor, call: Attend, cache: KVCache) -> torch.Tensor:
+        """The rows of one prompt: against each other, or as a chunk against what is cached and each other."""
+        spec, context = self.spec, call.context
+        rows = heads[call.first : call.last].transpose(0, 1)[None]
+        if context is None:
+            stored = rows[:, spec.heads :]
+            mask = None
+        else:
+            stored = context.read(cache, index)
+            mask = context.mask
+        mixed = scaled_dot_product_attention(
+            rows[:, : spec.heads],
+            stored[:, : spec.kv_heads],
+            stored[:, spec.kv_heads :],
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=True,
+        )
+        return mixed[0].transpose(0, 1).reshape(call.last - call.first, spec.q_width)
+
+
+def _rotate(heads: torch.Tensor, turns: torch.Tensor) -> None:
+    """Turn each pair of neighbours of [T, heads, D] in place by complex turns [T, 1, D / 2]."""
+    wide = heads.float()
+    torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(turns)
+    if wide is not heads:
+        heads.copy_(wide)
+
+
+def rope_frequencies(spec: ModelSpec, divisors: torch.Tensor | None = None) -> torch.Tensor:
+    """Radians a position of each rotary pair, fp32 [D / 2], with the spec's scaling or explicit divisors."""
+    pairs = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
+    frequencies = 1.0 / (spec.rope_theta**pairs)
+    if divisors is not None:
+        return frequencies / divisors
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    fast = ((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)).clamp(0, 1)
+    return frequencies * (fast + (1 - fast) / scaling.factor)
+
+
+def build(spec: ModelSpec, weights: Weights, *, dtype: torch.dtype, threads: int) -> Transformer:
+    """Unpack, fuse, fold and lay out the weights; `UserError` names a tensor that is missing or misshapen."""
+    builder = _Builder(spec, weights, dtype)
+    # Layers are independent, so each thread packs its own: no barrier inside an operation, none lost to a
+    # busy neighbour.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        head = pool.submit(builder.head)
+        layers = list(pool.map(builder.layer, range(spec.layers)))
+    torch.set_num_threads(threads)
+    return Transformer(
+        spec,
+        dtype,
+        embed=builder.embed(),
+        layers=layers,
+        head=head.result(),
+        frequencies=builder.frequencies(),
+    )
+
+
+class _Builder:
+    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def layer(self, index: int) -> _Layer:
+        spec, at = self.spec, f"model.layers.{index}."
+        attention = self.norm(at + "input_layernorm.weight")
+        mlp = self.norm(at + "post_attention_layernorm.weight")
+        gates = [
+            self.weights.tensor(f"{at}mlp.{name}_proj.weight", (spec.ffn, spec.hidden))
+            for name in ("gate", "up")
+        ]
+        return _Layer(
+            qkv=self.product(self.qkv(at, "weight", (spec.hidden,)).mul_(attention), self.bias(at)),
+            out=self.product(
+                self.weights.tensor(at + "self_attn.o_proj.weight", (spec.hidden, spec.q_width))
+            ),
+            gate_up=self.product(torch.cat(gates).mul_(mlp)),
+            down=self.product(self.weights.tensor(at + "mlp.down_proj.weight", (spec.hidden, spec.ffn))),
+            qk_norm=self.qk_norm(at) if spec.qk_norm else None,
+        )
+
+    @torch.inference_mode()
+    def head(self) -> LinearMap:
+        name = "model.embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
+        table = self.weights.tensor(name, (self.spec.vocab, self.spec.hidden))
+        norm = self.norm("model.norm.weight")
+        return self.product(table.mul_(norm))
+
+    def embed(self) -> LinearMap:
+        """Token ids [T] to fp32 rows [T, H]; a packed table stays packed."""
+        name = "model.embed_tokens.weight"
+        source = self.weights.sources.get(name)
+        if isinstance(source, PackedTensor):
+            return source.rows
+        table = self.weights.tensor(name, (self.spec.vocab, self.spec.hidden)).to(self.dtype)
+        return lambda tokens: table[tokens].float()
+
+    def frequencies(self) -> torch.Tensor:
+        divisors = None
+        if ROPE_DIVISORS in self.weights:
+            divisors = self.weights.tensor(ROPE_DIVISORS, (self.spec.head_dim // 2,))
+        return rope_frequencies(self.spec, divisors)
+
+    def product(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> LinearMap:
+        return linear_map(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+    def norm(self, name: str) -> torch.Tensor:
+        return self.weights.tensor(name, (self.spec.hidden,)) * math.sqrt(self.spec.hidden)
+
+    def qkv(self, at: str, kind: str, inner: tuple[int, ...]) -> torch.Tensor:
+        """The three projections' rows, one below the other, rotary partners adjacent."""
+        spec = self.spec
+        parts = []
+        for name, width in (("q", spec.q_width), ("k", spec.kv_width), ("v", spec.kv_width)):
+            part = self.weights.tensor(f"{at}self_attn.{name}_proj.{kind}", (width, *inner))
+            parts.append(part if name == "v" else self.adjacent(part))
+        return torch.cat(parts)
+
+    def bias(self, at: str) -> torch.Tensor | None:
+        if self.spec.qkv_bias:
+            return self.qkv(at, "bias", ())
+        if f"{at}self_attn.q_proj.bias" in self.weights:
+            raise UserError(
+                "has biased projections its configuration does not mention", file=self.weights.file
+            )
+        return None
+
+    def qk_norm(self, at: str) -> torch.Tensor:
+        spec = self.spec
+        query, key = (
+            self.adjacent(self.weights.tensor(f"{at}self_attn.{name}_norm.weight", (spec.head_dim,)))
+            for name in "qk"
+        )
+        rows = torch.cat([query.expand(spec.heads, -1), key.expand(spec.kv_heads, -1)])
+        return rows * math.sqrt(spec.head_dim)
+
+    def adjacent(self, rows: torch.Tensor) -> torch.Tensor:
+        return query_key_order(rows, self.spec.head_dim, have=self.weights.rotary, want="adjacent")

@@ -1,0 +1,159 @@
+"""The packaged GGUF's tokenizer against transformers' reading of it; streams; templates in their sandbox."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stretto.core.errors import UserError
+from stretto.models.chat import render_chat
+from stretto.models.gguf_file import read_gguf
+from stretto.models.tokenizer import Tokenizer
+
+TEXTS = [
+    "",
+    "Hello, world!",
+    "  leading and   inner spaces \n\n\ttabs\r\n",
+    "def f(x):\n    return x ** 2  # it's 1234567890, 3.14159\n",
+    "Z\u00fcrich na\u00efve \u2014 \u201cquotes\u201d \u4f60\u597d\uff0c\u4e16 \u0645\u0631\u062d\u0628",
+    "\U0001f600\U0001f469\u200d\U0001f469\u200d\U0001f467 e\u0301 \u00e9 \x00 \ufffd",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>x<|im_",
+    "I'll we've DON'T 'tis \u00bd x\u00b2 \u0661\u0662\u0663 12a34",
+]
+TALK = [
+    {"role": "user", "content": "What is 2+2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "Why?"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(packaged: Path) -> Tokenizer:
+    return Tokenizer.from_gguf(read_gguf(packaged).metadata, file=str(packaged))
+
+
+@pytest.fixture(scope="module")
+def peer(packaged: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(packaged.parent), gguf_file=packaged.name)
+
+
+@pytest.mark.slow
+def test_ids_and_texts_are_those_of_transformers(tokenizer: Tokenizer, peer: Any) -> None:
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == peer.encode(text), text
+        assert tokenizer.decode(ids, skip_special=False) == peer.decode(ids, skip_special_tokens=False)
+    for reply in (True, False):
+        assert tokenizer.chat(TALK, reply=reply) == peer.apply_chat_template(
+            TALK, tokenize=False, add_generation_prompt=reply
+        )
+
+
+def test_frozen_ids(tokenizer: Tokenizer) -> None:
+    """Written out by hand from the vocabulary; the slow tier compares with transformers."""
+    assert tokenizer.encode("The capital of France is Paris.") == [504, 3575, 282, 4649, 314, 7042, 30]
+    assert tokenizer.encode("a 1234") == [81, 216, 33, 34, 35, 36]
+    assert tokenizer.encode("<|im_start|>hi") == [1, 6004]
+
+
+def test_ends_and_sizes(tokenizer: Tokenizer) -> None:
+    assert tokenizer.eos_ids == {0, 2}
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.size == 49152
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(max_codepoint=0x1FFFF, exclude_categories=["Cs"]), max_size=60))
+def test_text_survives_and_streams_as_it_decodes(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, special=False)
+    decoded = tokenizer.decode(ids, skip_special=False)
+    if text.isprintable():
+        assert decoded == text
+    stream = tokenizer.stream(skip_special=False)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == decoded
+    if "\ufffd" not in decoded:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.integers(17, 49151), max_size=30))
+def test_any_ids_stream_as_they_decode(tokenizer: Tokenizer, ids: list[int]) -> None:
+    stream = tokenizer.stream()
+    assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
+
+
+def test_a_character_is_held_back_until_it_is_whole(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("\U0001f9d9", special=False)
+    assert len(ids) > 1
+    stream = tokenizer.stream()
+    assert [stream.push(token) for token in ids] == [""] * (len(ids) - 1) + ["\U0001f9d9"]
+
+
+def test_a_folder_reads_its_own_settings(tmp_path: Path, tiny_tokenizer_json: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(tiny_tokenizer_json)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<|im_end|>"}}')
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    read = Tokenizer.from_folder(tmp_path)
+    assert read.eos_ids == {5, 7, 95}
+    assert read.bos_id == 95
+    assert read.chat(TALK) == "<|im_end|>What is 2+2?"
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, "'llama'"),
+        ({"tokenizer.ggml.pre": "mystery"}, "'mystery'"),
+        ({"tokenizer.ggml.tokens": None}, "vocabulary"),
+        ({"tokenizer.ggml.merges": ["a zz"]}, "broken"),
+    ],
+)
+def test_other_vocabularies_are_refused(change: dict[str, Any], says: str) -> None:
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "tokenizer.ggml.merges": [],
+    }
+    assert Tokenizer.from_gguf(metadata).encode("ab") == [0, 1]
+    with pytest.raises(UserError, match=says):
+        Tokenizer.from_gguf({**metadata, **change})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{% for a in range(60000) %}{{ messages[0].content }}{{ 'x' }}{% endfor %}",
+        "{% if %}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ 1 / 0 }}",
+        "{{ missing.field }}",
+        "x" * 300_000,
+    ],
+)
+def test_templates_that_break_out_or_never_end_are_stopped(template: str) -> None:
+    with pytest.raises(UserError, match="chat template"):
+        render_chat(template, TALK, file="m.gguf", variables={})
+
+
+def test_templates_may_use_what_transformers_gives_them() -> None:
+    template = (
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
+    )
+    assert (
+        render_chat(template, TALK, file="m", variables={}) == '{"role": "user", "content": "What is 2+2?"}'
+    )
