@@ -71,18 +71,14 @@ def load_in_a_fresh_process(dtype: str) -> dict[str, float]:
         "b = time.perf_counter(); from stretto.models import load_model;"
         f"load_model('default', dtype={dtype!r}); c = time.perf_counter(); print(b - a, c - b)"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300
-    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
     imported, loaded = map(float, printed.stdout.split())
     return {"import": imported, "load": loaded}
 
 
 def load_peer(dtype: torch.dtype) -> Any:
     path = packaged_model()
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=dtype
-    ).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype).eval()
 
 
 def prefill(model: Model, texts: Sequence[list[int]], room: int) -> tuple[torch.Tensor, Any]:
@@ -92,9 +88,7 @@ def prefill(model: Model, texts: Sequence[list[int]], room: int) -> tuple[torch.
     for slot, text in enumerate(texts):
         segments.append(Segment(at, len(text), 0, (slot,)))
         at += len(text)
-    return model.transformer.forward(
-        torch.tensor([token for text in texts for token in text]), segments, cache
-    ), cache
+    return model.transformer.forward(torch.tensor([token for text in texts for token in text]), segments, cache), cache
 
 
 def generate(model: Model, texts: Sequence[list[int]], new: int = NEW_TOKENS) -> list[list[int]]:
@@ -162,9 +156,7 @@ def check_numbers(model: Model, peer: Any, texts: Sequence[list[int]]) -> list[d
         equal += reply == wanted.argmax(-1).tolist()
     within = worst <= LOGIT_GOAL
     return [
-        row(
-            "fp32 logits, 16 prompts", worst, 0.0, "max abs difference", worst / LOGIT_GOAL, "<= 1e-4", within
-        ),
+        row("fp32 logits, 16 prompts", worst, 0.0, "max abs difference", worst / LOGIT_GOAL, "<= 1e-4", within),
         row("greedy 64 tokens, fp32", equal, BATCH, "equal sequences", equal / BATCH, "all", equal == BATCH),
     ]
 
@@ -185,9 +177,7 @@ def check_speed(model: Model, peer: Any, texts: Sequence[list[int]], rounds: int
             seconds[name].append(timed(call))
     speed = {name: BATCH * NEW_TOKENS / statistics.median(times) for name, times in seconds.items()}
     best = max(("sdpa", "eager"), key=speed.__getitem__)
-    ratios = [
-        peer_time / our_time for our_time, peer_time in zip(seconds["ours"], seconds[best], strict=True)
-    ]
+    ratios = [peer_time / our_time for our_time, peer_time in zip(seconds["ours"], seconds[best], strict=True)]
     ratio = statistics.median(ratios)
     name = f"batch of {BATCH}, {NEW_TOKENS} tokens, {model.dtype}"
     spread = [min(ratios), max(ratios)]
@@ -223,9 +213,7 @@ def main() -> int:
     rows += check_numbers(model, peer, texts)
     rows.append(check_speed(model, peer, texts, rounds))
     if not options.quick:
-        rows.append(
-            check_speed(load_model("default", dtype="bf16", threads=threads), peer.bfloat16(), texts, rounds)
-        )
+        rows.append(check_speed(load_model("default", dtype="bf16", threads=threads), peer.bfloat16(), texts, rounds))
 
     if options.json:
         print(json.dumps({"threads": threads, "load_average": os.getloadavg(), "rows": rows}, indent=1))

@@ -1,5 +1,5 @@
-"""Stretto: describe the work and the machines; it finds the fastest way to run it in parallel, shows what will happen before it
-runs, runs it, and shows what did happen.
+"""Stretto: describe the work and the machines; it finds the fastest way to run it in parallel, shows what
+will happen before it runs, runs it, and shows what did happen.
 
     import stretto as st
     job = st.load("jobs/quickstart.yaml")
@@ -54,7 +54,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Bring a public name from its room when it is first used, so that `import stretto` is quick and rooms stay apart."""
+    """Bring a public name from its room when it is first used, so that `import stretto` is quick and rooms
+    stay apart.
+    """
     if name not in _HOME:
         raise AttributeError(f"module 'stretto' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,6 @@
-"""The virtual loop: order, time-outs, cancellation, deadlocks named by their labels, and no way out to the real world."""
+"""The virtual loop: order, time-outs, cancellation, deadlocks named by their labels, and no way out to the
+real world.
+"""
 
 from __future__ import annotations
 

@@ -31,9 +31,7 @@ LLAMA3_ROPE = {
 }
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_SHAPE, tie_word_embeddings=False),
-    "llama-tied-wide-heads": lambda: transformers.LlamaConfig(
-        **_SHAPE, tie_word_embeddings=True, head_dim=16
-    ),
+    "llama-tied-wide-heads": lambda: transformers.LlamaConfig(**_SHAPE, tie_word_embeddings=True, head_dim=16),
     "llama3-rope": lambda: transformers.LlamaConfig(**_SHAPE, rope_parameters=LLAMA3_ROPE),
     "linear-rope": lambda: transformers.LlamaConfig(
         **_SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}

@@ -54,9 +54,7 @@ def test_metadata_is_read_as_values(written: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_blocks_unpack_as_the_gguf_package_unpacks_them(
-    written: Path, blocks: np.ndarray[Any, Any], name: str
-) -> None:
+def test_blocks_unpack_as_the_gguf_package_unpacks_them(written: Path, blocks: np.ndarray[Any, Any], name: str) -> None:
     packed = read_gguf(written).tensors[name]
     kind = gguf.GGMLQuantizationType[name]
     want = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(blocks, kind), kind))

@@ -80,9 +80,7 @@ def test_an_index_cannot_point_elsewhere(tmp_path: Path, shard: str, tiny_tokeni
         safetensors_weights(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["no-such-model", "no/such/model", "/no/such/model", "nobody/nothing", "../up"]
-)
+@pytest.mark.parametrize("name", ["no-such-model", "no/such/model", "/no/such/model", "nobody/nothing", "../up"])
 def test_names_that_lead_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="safetensors folder"):

@@ -49,9 +49,7 @@ def test_matmul_and_attention_flops_are_those_counted(reference: Any) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         reference(tokens)
     spec = spec_of(reference)
-    operations = spec.operations(
-        PassShape(new_tokens=(7,) * 3, cached=(0,) * 3, logits_rows=21), dtype="fp32"
-    )
+    operations = spec.operations(PassShape(new_tokens=(7,) * 3, cached=(0,) * 3, logits_rows=21), dtype="fp32")
     attention = sum(3 * 4.0 * spec.heads * spec.head_dim * 7 * 7 for _ in range(spec.layers))
     # Eager attention multiplies the whole square, and the rotary table is an outer product.
     rope = 2 * 7 * (spec.head_dim // 2)
@@ -97,9 +95,7 @@ def test_tensor_parallel_shares_cover_the_whole() -> None:
 def test_a_quantised_cache_moves_fewer_bytes() -> None:
     shape = PassShape(new_tokens=(1,), cached=(99,))
     bytes_of = {
-        kv: next(
-            o.bytes for o in SMOLLM.operations(shape, dtype="bf16", kv_dtype=kv) if o.kind == "attention"
-        )
+        kv: next(o.bytes for o in SMOLLM.operations(shape, dtype="bf16", kv_dtype=kv) if o.kind == "attention")
         for kv in ("bf16", "fp8")
     }
     assert bytes_of["bf16"] - bytes_of["fp8"] == 2 * 100 * 3 * 64

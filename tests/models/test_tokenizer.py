@@ -151,9 +151,5 @@ def test_templates_that_break_out_or_never_end_are_stopped(template: str) -> Non
 
 
 def test_templates_may_use_what_transformers_gives_them() -> None:
-    template = (
-        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
-    )
-    assert (
-        render_chat(template, TALK, file="m", variables={}) == '{"role": "user", "content": "What is 2+2?"}'
-    )
+    template = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
+    assert render_chat(template, TALK, file="m", variables={}) == '{"role": "user", "content": "What is 2+2?"}'

@@ -42,9 +42,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_every_logit_of_a_prompt(model: Model, reference: Any) -> None:
     (tokens,) = sequences(1, seed=1)
     cache = model.transformer.new_cache(pages=1, page_tokens=64)
-    got = model.transformer.forward(
-        torch.tensor(tokens), [Segment(0, len(tokens), 0, (0,), len(tokens))], cache
-    )
+    got = model.transformer.forward(torch.tensor(tokens), [Segment(0, len(tokens), 0, (0,), len(tokens))], cache)
     assert_close(got, expected(reference, tokens))
 
 

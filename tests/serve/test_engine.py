@@ -1,4 +1,6 @@
-"""The engine and its scheduler on virtual time: joins, lengths, cancels, preemption, replay, and five hundred bad days."""
+"""The engine and its scheduler on virtual time: joins, lengths, cancels, preemption, replay, and five hundred
+bad days.
+"""
 
 from __future__ import annotations
 

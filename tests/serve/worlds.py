@@ -31,7 +31,9 @@ class RoundCost:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request of a world: when it comes, its prompt's length, the length of its answer, its limit, when it is cancelled."""
+    """A request of a world: when it comes, its prompt's length, the length of its answer, its limit, when it
+    is cancelled.
+    """
 
     at: float = 0.0
     prompt: int = 10

@@ -1,8 +1,8 @@
 """One clock, two kinds: `RealClock` on asyncio's own loop, `VirtualClock` on a loop where waiting costs nothing.
 
-Product code awaits only its backend and these methods, so the same lines run in production and, ten thousand days of them
-a minute, in simulation. `spend` is host work: measured when real; when virtual the modelled seconds pass, and, as on a real
-loop that is kept busy, nothing else runs meanwhile.
+Product code awaits only its backend and these methods, so the same lines run in production and, ten thousand
+days of them a minute, in simulation. `spend` is host work: measured when real; when virtual the modelled seconds pass,
+and, as on a real loop that is kept busy, nothing else runs meanwhile.
 """
 
 from __future__ import annotations

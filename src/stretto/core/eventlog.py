@@ -1,7 +1,8 @@
 """What a policy saw and what it decided, step by step: enough to ask it again and compare.
 
-A policy is a pure object: `apply(event)` changes its state, `decide()` gives the next decision. The log of a real run, replayed
-on a fresh policy, must give equal decisions; where it does not, something outside the events leaked into the policy.
+A policy is a pure object: `apply(event)` changes its state, `decide()` gives the next decision. The log of a
+real run, replayed on a fresh policy, must give equal decisions; where it does not, something outside the
+events leaked into the policy.
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ class EventLog:
 
     def decided(self, at: float, decision: dict[str, Any]) -> None:
         """Close the step: `decision` was taken at `at` seconds after the events seen since the last one."""
-        self.entries.append(
-            Entry(step=len(self.entries), at=at, events=tuple(self._waiting), decision=decision)
-        )
+        self.entries.append(Entry(step=len(self.entries), at=at, events=tuple(self._waiting), decision=decision))
         self._waiting = []
 
     def __len__(self) -> int:
@@ -87,7 +86,10 @@ class EventLog:
                 log.decided(float(record["at"]), record["decision"])
             except (ValueError, KeyError, TypeError) as problem:
                 raise UserError(
-                    f"not an event log entry: {problem}", file=str(path), line=number, right="use a file that `run` wrote"
+                    f"not an event log entry: {problem}",
+                    file=str(path),
+                    line=number,
+                    right="use a file that `run` wrote",
                 ) from problem
         return log
 

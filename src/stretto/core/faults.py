@@ -1,8 +1,8 @@
 """Bad days on demand: a seeded plan of faults, injected between a policy and its backend and nowhere else.
 
-A `Faulty` backend call may crash (an error), stall (no answer for long), be delayed, be lost (no answer, the work not done),
-be done twice, or be slow for a while. Which call is hit is drawn from counter-based streams, so the plan of a seed is the same
-whatever else is random.
+A `Faulty` backend call may crash (an error), stall (no answer for long), be delayed, be lost (no answer, the
+work not done), be done twice, or be slow for a while. Which call is hit is drawn from counter-based streams,
+so the plan of a seed is the same whatever else is random.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def draw_faults(
 
 
 class FaultInjector:
-    """Puts faults into calls: `await injector.call(work, wipe)` does `await work()` as well, as badly or as often as planned.
+    """Puts faults into calls: `await injector.call(work, wipe)` does `await work()` as well, as badly or as
+    often as planned.
 
     Args:
         faults: the plan; two faults never hit the same call.

@@ -1,8 +1,8 @@
 """What a domain is, what a plan is, and what is known about a plan before it runs.
 
-A domain (serving, training, ...) knows its jobs, the choices that can be made for one, why a choice is impossible, what it
-would cost, and how to carry it out. Domains are found through the entry-point group `stretto.domains`, so that a package of
-somebody else's can add one.
+A domain (serving, training, ...) knows its jobs, the choices that can be made for one, why a choice is
+impossible, what it would cost, and how to carry it out. Domains are found through the entry-point group
+`stretto.domains`, so that a package of somebody else's can add one.
 """
 
 from __future__ import annotations

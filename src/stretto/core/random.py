@@ -1,7 +1,8 @@
-"""Counter-based random numbers: a draw is a function of (seed, stream, index), so it is the same for any order or thread count.
+"""Counter-based random numbers: a draw is a function of (seed, stream, index), so it is the same for any
+order or thread count.
 
-Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; vectorised in numpy and
-checked against the known answers of its authors.
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011;
+vectorised in numpy and checked against the known answers of its authors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Words = NDArray[np.uint32]
 
 
 def philox(counter: ArrayLike, key: ArrayLike) -> Words:
-    """Ten rounds of Philox on counters of shape [..., 4] with keys of shape [..., 2] (32-bit words); returns [..., 4]."""
+    """Ten rounds of Philox on counters of shape [..., 4] with keys of shape [..., 2] (32-bit words); returns
+    [..., 4].
+    """
     c = np.asarray(counter, dtype=np.uint32)
     k = np.asarray(key, dtype=np.uint32)
     c0, c1, c2, c3 = (c[..., i] for i in range(4))

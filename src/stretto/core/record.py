@@ -1,4 +1,6 @@
-"""Collects what happens, one call at a time, into the columns of a `Trace`; the simulated and the real run both write here."""
+"""Collects what happens, one call at a time, into the columns of a `Trace`; the simulated and the real run
+both write here.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,7 @@ from stretto.core.trace import KEY_FIELDS, Curve, Key, Spans, Trace
 
 class _Rows:
     def __init__(self) -> None:
-        self.columns: dict[str, list[Any]] = {
-            name: [] for name in ("lane", "start", "finish", "phase", *KEY_FIELDS)
-        }
+        self.columns: dict[str, list[Any]] = {name: [] for name in ("lane", "start", "finish", "phase", *KEY_FIELDS)}
 
     def append(self, *values: float) -> None:
         for column, value in zip(self.columns.values(), values, strict=True):

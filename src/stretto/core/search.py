@@ -1,7 +1,7 @@
 """Finding the best plan: refuse what cannot run, prune what cannot win, simulate the rest, rank.
 
-Candidates are taken in waves of a fixed size, best bound first, and pruned between waves only, so the answer does not depend on
-how many workers simulate them.
+Candidates are taken in waves of a fixed size, best bound first, and pruned between waves only, so the answer
+does not depend on how many workers simulate them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A device on virtual time whose resources are shared: lanes that run side by side slow each other down between awaits.
 
-`await device.execute(...)` starts a task in the fluid engine; whoever starts or ends changes everybody's rates, so the device
-keeps one timer, at the engine's next completion, and arms it anew after each change.
+`await device.execute(...)` starts a task in the fluid engine; whoever starts or ends changes everybody's
+rates, so the device keeps one timer, at the engine's next completion, and arms it anew after each change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Measuring and comparing: intervals are never improvised, and a baseline is measured in the same minutes as what it is held against.
+"""Measuring and comparing: intervals are never improvised, and a baseline is measured in the same minutes as
+what it is held against.
 
-Wilson's interval for proportions, percentile bootstrap for medians, Tukey's trimean, the runs test of Wald and Wolfowitz for
-independence, and `interleave`, which times rivals in turns so that drift of a shared machine hits all of them alike.
+Wilson's interval for proportions, percentile bootstrap for medians, Tukey's trimean, the runs test of Wald
+and Wolfowitz for independence, and `interleave`, which times rivals in turns so that drift of a shared
+machine hits all of them alike.
 """
 
 from __future__ import annotations
@@ -136,9 +138,7 @@ class Timing:
         return float((high - low) / self.median)
 
 
-def interleave(
-    rivals: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmups: int = 1
-) -> dict[str, Timing]:
+def interleave(rivals: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmups: int = 1) -> dict[str, Timing]:
     """Time each rival once a round, in an order that turns by one each round, after `warmups` untimed rounds."""
     names = list(rivals)
     for _ in range(warmups):

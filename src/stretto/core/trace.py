@@ -1,8 +1,8 @@
 """The record of a run, predicted or measured: one type for both, so that the two can be laid side by side.
 
-A `Trace` holds columns, not objects: exclusive spans (a lane does one thing at a time), overlapping request spans, counters
-and memory curves. Each span carries a `Key` (phase, step, micro-batch, stage, rank) by which predicted and measured spans are
-matched. The metrics are defined from these instants in docs/metrics.md.
+A `Trace` holds columns, not objects: exclusive spans (a lane does one thing at a time), overlapping request
+spans, counters and memory curves. Each span carries a `Key` (phase, step, micro-batch, stage, rank) by which
+predicted and measured spans are matched. The metrics are defined from these instants in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def _floats(values: ArrayLike) -> Floats:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spans:
-    """Columns of spans, one row a span. `task` ties together the spans of one task that held several lanes (-1: none)."""
+    """Columns of spans, one row a span. `task` ties together the spans of one task that held several lanes
+    (-1: none).
+    """
 
     lane: Ints
     start: Floats
@@ -96,9 +98,10 @@ class Spans:
             "rank": column(rank),
             "task": column(task),
         }
-        for name, values in [("finish", end), *columns.items()]:
-            if len(values) != size:
-                raise ValueError(f"spans: column {name} has {len(values)} rows, start has {size}")
+        lengths = {"finish": len(end), **{name: len(values) for name, values in columns.items()}}
+        for name, length in lengths.items():
+            if length != size:
+                raise ValueError(f"spans: column {name} has {length} rows, start has {size}")
         if size and bool((end < begin).any()):
             row = int(np.argmax(end < begin))
             raise ValueError(f"spans: row {row} ends at {end[row]} before it starts at {begin[row]}")
@@ -166,7 +169,8 @@ class Trace:
     """What happened (or would happen), in seconds from the start of the run.
 
     `source` is "simulated" or "measured". `critical` lists rows of `spans` on the critical path in order of time.
-    `requests` may overlap on a lane; `spans` may not. `clock_offset_s` names each process's clock against the first one's.
+    `requests` may overlap on a lane; `spans` may not. `clock_offset_s` names each process's clock against the
+    first one's.
     """
 
     source: str
@@ -202,9 +206,7 @@ class Trace:
     @cached_property
     def busy(self) -> dict[str, float]:
         """Seconds in which each lane holds a span."""
-        seconds = np.bincount(
-            self.spans.lane, weights=self.spans.finish - self.spans.start, minlength=len(self.lanes)
-        )
+        seconds = np.bincount(self.spans.lane, weights=self.spans.finish - self.spans.start, minlength=len(self.lanes))
         return {lane: float(s) for lane, s in zip(self.lanes, seconds, strict=True)}
 
     @cached_property
@@ -222,9 +224,7 @@ class Trace:
             tied = np.flatnonzero(s.task >= 0)
             _, first = np.unique(s.task[tied], return_index=True)
             rows = np.concatenate([np.flatnonzero(s.task < 0), tied[first]])
-        sums = np.bincount(
-            s.phase[rows], weights=(s.finish - s.start)[rows], minlength=len(self.phases)
-        )
+        sums = np.bincount(s.phase[rows], weights=(s.finish - s.start)[rows], minlength=len(self.phases))
         return {phase: float(x) for phase, x in zip(self.phases, sums, strict=True)}
 
     @cached_property
@@ -282,8 +282,8 @@ class Trace:
     def _by_key(self) -> dict[str, set[tuple[int, ...]]]:
         s = self.spans
         found: dict[str, set[tuple[int, ...]]] = {}
-        columns = np.stack([s.phase, *(getattr(s, name) for name in KEY_FIELDS)], axis=1) if len(s) else []
-        for phase, *rest in np.unique(columns, axis=0).tolist() if len(s) else []:
+        columns = np.stack([s.phase, *(getattr(s, name) for name in KEY_FIELDS)], axis=1)
+        for phase, *rest in np.unique(columns, axis=0).tolist():
             found.setdefault(self.phases[phase], set()).add(tuple(rest))
         return found
 

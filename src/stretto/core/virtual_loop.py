@@ -1,8 +1,10 @@
-"""An asyncio event loop on virtual time: nothing sleeps, and the order of events is (time, sequence), whatever the hash seed.
+"""An asyncio event loop on virtual time: nothing sleeps, and the order of events is (time, sequence),
+whatever the hash seed.
 
-asyncio's own C tasks and futures run on it, so code under test is the code that ships. What would bring back the real world
-raises: sockets, threads, executors, `time.*` and `socket` called from product code. When nothing is ready and no timer is
-left, the run is stuck, and `Deadlock` names every labelled wait.
+asyncio's own C tasks and futures run on it, so code under test is the code that ships. What would bring back
+the real world
+raises: sockets, threads, executors, `time.*` and `socket` called from product code. When nothing is ready and
+no timer is left, the run is stuck, and `Deadlock` names every labelled wait.
 """
 
 from __future__ import annotations
@@ -57,6 +59,10 @@ class _Timer(_Handle):
         return self._when
 
 
+# To the type checker an unknown class: the real base is abstract in forty methods, most of which exist to be refused here.
+_Loop: Any = asyncio.AbstractEventLoop
+
+
 def _refuse(what: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise RealWorld(f"{what} is not available on virtual time; await the clock or the backend instead")
@@ -64,7 +70,7 @@ def _refuse(what: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-class VirtualLoop(asyncio.AbstractEventLoop):
+class VirtualLoop(_Loop):  # type: ignore[misc]
     """The loop itself. Use `run`, which also closes it and guards against the real world."""
 
     def __init__(self) -> None:
@@ -100,9 +106,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def stop(self) -> None:
         self._stopping = True
 
-    def call_soon(
-        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> Any:
+    def call_soon(self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None) -> Any:
         handle = _Handle((callback, args, context))
         self._ready.append(handle)
         return handle

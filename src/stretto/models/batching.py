@@ -112,9 +112,7 @@ def plan_pass(segments: Sequence[Segment], cache: KVCache) -> PassPlan:
     decode = sorted((s for s in segments if s.new_tokens == 1), key=lambda s: (_paged(s, cache), s.pages[0]))
     prefill = [s for s in segments if s.new_tokens > 1]
     ordered = [*decode, *prefill]
-    starts = dict(
-        zip(map(id, ordered), np.cumsum([0, *(s.new_tokens for s in ordered)]).tolist(), strict=False)
-    )
+    starts = dict(zip(map(id, ordered), np.cumsum([0, *(s.new_tokens for s in ordered)]).tolist(), strict=False))
 
     positions = _positions(ordered)
     return PassPlan(
@@ -130,9 +128,7 @@ def plan_pass(segments: Sequence[Segment], cache: KVCache) -> PassPlan:
 def _check(segments: Sequence[Segment], cache: KVCache) -> None:
     row = 0
     for segment in segments:
-        require(
-            segment.first_row == row, "first_row", segment.first_row, f"{row}, as rows follow one another"
-        )
+        require(segment.first_row == row, "first_row", segment.first_row, f"{row}, as rows follow one another")
         require(segment.new_tokens >= 1, "new_tokens", segment.new_tokens, "at least 1")
         require(segment.cached >= 0, "cached", segment.cached, "not negative")
         require(
@@ -149,9 +145,7 @@ def _check(segments: Sequence[Segment], cache: KVCache) -> None:
             f"{needed} pages for {segment.context} tokens",
         )
         used = segment.pages[:needed]
-        require(
-            min(used) >= 0 and max(used) < cache.pages, "pages", segment.pages, f"from 0 to {cache.pages - 1}"
-        )
+        require(min(used) >= 0 and max(used) < cache.pages, "pages", segment.pages, f"from 0 to {cache.pages - 1}")
         row += segment.new_tokens
     require(row > 0, "segments", segments, "at least one segment")
 
@@ -167,9 +161,7 @@ def _order(ordered: Sequence[Segment]) -> torch.Tensor | None:
     firsts = [s.first_row for s in ordered]
     if firsts == sorted(firsts):
         return None
-    return torch.from_numpy(
-        np.concatenate([np.arange(s.first_row, s.first_row + s.new_tokens) for s in ordered])
-    )
+    return torch.from_numpy(np.concatenate([np.arange(s.first_row, s.first_row + s.new_tokens) for s in ordered]))
 
 
 def _positions(ordered: Sequence[Segment]) -> Ints:
@@ -180,9 +172,7 @@ def _positions(ordered: Sequence[Segment]) -> Ints:
 
 def _writes(ordered: Sequence[Segment], positions: Ints, cache: KVCache) -> Ints:
     """Flat cache rows of every computed row: [rows, 2 * kv_heads]."""
-    page_of = np.array(
-        [s.pages[p // cache.page_tokens] for s in ordered for p in range(s.cached, s.context)], np.int64
-    )
+    page_of = np.array([s.pages[p // cache.page_tokens] for s in ordered for p in range(s.cached, s.context)], np.int64)
     return cache.rows(page_of, positions % cache.page_tokens)
 
 
@@ -239,11 +229,7 @@ def _length_mask(lengths: Sequence[int], longest: int, dtype: torch.dtype) -> to
     import torch
 
     beyond = torch.arange(longest) >= torch.tensor(lengths).view(-1, 1)
-    return (
-        torch.zeros(beyond.shape, dtype=dtype)
-        .masked_fill_(beyond, float("-inf"))
-        .view(len(lengths), 1, 1, longest)
-    )
+    return torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, float("-inf")).view(len(lengths), 1, 1, longest)
 
 
 def _gather(group: Sequence[Segment], longest: int, cache: KVCache) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Measuring the operations of a model on this machine, so that a prediction rests on what this very code does here.
 
-Whole passes of the real model run on made-up tokens, over a grid of rows and contexts, with a timer at each boundary between two
-operations; the medians go into tables under the signatures that `ModelSpec.operations` gives them. No job is run, and an
-operation of another model with the same shape finds the same table.
+Whole passes of the real model run on made-up tokens, over a grid of rows and contexts, with a timer at each
+boundary between two operations; the medians go into tables under the signatures that `ModelSpec.operations`
+gives them. No job is run, and an operation of another model with the same shape finds the same table.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ if TYPE_CHECKING:
     from stretto.models.spec import ModelSpec
 
 PAGE_TOKENS = 2048
-DECODE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-DECODE_CONTEXTS = dict.fromkeys((1, 2, 4, 8, 16), (32, 256, 1024, 1700))
+DECODE_ROWS = (1, 2, 4, 6, 8, 12, 16, 32)
+DECODE_CONTEXTS = dict.fromkeys((1, 4, 16), (32, 512, 1700))
 SHORT_CONTEXT = 128
-PREFILL_CACHED = {16: (0, 512), 64: (0, 512), 128: (0, 512, 1400), 256: (0, 1024), 512: (0, 512, 1400)}
+PREFILL_CACHED = {32: (0, 512), 128: (0, 512), 384: (0, 1300)}
+MOST_REPEATS, POINT_S = 7, 0.2
+"""Each point is timed at least twice and at most this often, for about so many seconds."""
 
 Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """One pass of the grid: new and cached tokens of each of its sequences, and how often it is timed."""
+    """One pass of the grid: new and cached tokens of each of its sequences."""
 
     new: tuple[int, ...]
     cached: tuple[int, ...]
-    repeats: int
 
     @property
     def shape(self) -> PassShape:
@@ -53,15 +54,11 @@ def pass_signature(spec: ModelSpec, dtype: str) -> str:
 
 def is_calibrated(measured: Mapping[str, Table], spec: ModelSpec, dtype: str, threads: int) -> bool:
     """Whether every operation of `spec` has its table."""
-    wanted = {
-        op.signature for op in spec.operations(PassShape(new_tokens=(1, 2), cached=(8, 8)), dtype=dtype)
-    }
+    wanted = {op.signature for op in spec.operations(PassShape(new_tokens=(1, 2), cached=(8, 8)), dtype=dtype)}
     return all(f"{name}@{threads}" in measured for name in (*wanted, pass_signature(spec, dtype)))
 
 
-def calibrate(
-    model: Model, *, threads: int, progress: Progress = lambda what, done, total: None
-) -> dict[str, Table]:
+def calibrate(model: Model, *, threads: int, progress: Progress = lambda what, done, total: None) -> dict[str, Table]:
     """Tables of every operation of `model` under `threads` threads, by signature with "@threads" behind it.
 
     Takes a few seconds for a small model. The machine should be quiet.
@@ -70,16 +67,13 @@ def calibrate(
 
     torch.set_num_threads(threads)
     spec = model.spec
-    points = [
-        p for p in _grid() if max(n + c for n, c in zip(p.new, p.cached, strict=True)) <= spec.max_positions
-    ]
+    points = [p for p in _grid() if max(n + c for n, c in zip(p.new, p.cached, strict=True)) <= spec.max_positions]
     cache = _filled_cache(model)
     samples: dict[str, dict[tuple[float, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
     what = f"measuring {model.dtype} on {threads} thread{'s' if threads > 1 else ''}"
     for number, point in enumerate(points):
-        _run(model, cache, point, None)
-        for _ in range(point.repeats):
-            _note(samples, spec, model.dtype, point, _run(model, cache, point, {}))
+        for seconds in _timed(model, cache, point):
+            _note(samples, spec, model.dtype, point, seconds)
         progress(what, number + 1, len(points))
     return {f"{name}@{threads}": _table(name, found) for name, found in samples.items()}
 
@@ -91,33 +85,46 @@ def drift(model: Model, tables: Mapping[str, Table], *, threads: int) -> float:
     torch.set_num_threads(threads)
     cache = _filled_cache(model)
     ratios = []
-    for point in (_Point((1,) * 8, _ragged(256, 8), 5), _Point((1,), (256,), 5), _Point((128,), (0,), 3)):
-        _run(model, cache, point, None)
+    for point in (_Point((1,) * 8, _ragged(256, 8)), _Point((1,), (256,)), _Point((128,), (0,))):
         said = sum(
             tables[f"{op.signature}@{threads}"].at(*op.at).value * op.count
             for op in model.spec.operations(point.shape, dtype=model.dtype)
         )
         own = tables[f"{pass_signature(model.spec, model.dtype)}@{threads}"]
         said += own.at(float(point.shape.rows)).value
-        seen = [_run(model, cache, point, {})[""] for _ in range(point.repeats)]
-        ratios.append(float(np.median(seen)) / said)
+        ratios.append(float(np.median([seconds[""] for seconds in _timed(model, cache, point)])) / said)
     return float(np.median(ratios)) - 1.0
 
 
 def warm_up(model: Model) -> None:
     """Two small passes on made-up tokens, so that the first real one does not pay for lazy set-up."""
     cache = model.transformer.new_cache(pages=2, page_tokens=32)
-    for point in (_Point((16,), (0,), 1), _Point((1, 1), (16, 12), 1)):
+    for point in (_Point((16,), (0,)), _Point((1, 1), (16, 12))):
         _run(model, cache, point, None)
 
 
 def _grid() -> Iterator[_Point]:
     for rows in DECODE_ROWS:
         for context in DECODE_CONTEXTS.get(rows, (SHORT_CONTEXT,)):
-            yield _Point((1,) * rows, _ragged(context, rows), 7 if context < 1000 else 5)
+            yield _Point((1,) * rows, _ragged(context, rows))
     for new, cached in PREFILL_CACHED.items():
         for before in cached:
-            yield _Point((new,), (before,), 4 if new <= 128 else 2)
+            yield _Point((new,), (before,))
+
+
+def _timed(model: Model, cache: KVCache, point: _Point) -> Iterator[dict[str, float]]:
+    """Seconds by section of some passes, after one that is not counted unless a pass is long."""
+    spent = 0.0
+    first = _run(model, cache, point, {})
+    if first[""] > POINT_S:
+        yield first
+        spent += first[""]
+    for number in range(MOST_REPEATS):
+        if number >= 2 and spent > POINT_S:
+            return
+        seconds = _run(model, cache, point, {})
+        spent += seconds[""]
+        yield seconds
 
 
 def _ragged(context: int, rows: int) -> tuple[int, ...]:

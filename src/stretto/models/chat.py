@@ -60,9 +60,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.spend(1)
-        if operator == "**" or (
-            operator == "*" and not all(isinstance(v, int | float) for v in (left, right))
-        ):
+        if operator == "**" or (operator == "*" and not all(isinstance(v, int | float) for v in (left, right))):
             raise SecurityError(f"the template uses {operator} on {type(left).__name__}")
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str | list) and len(result) > _OUTPUT_CHARACTERS:

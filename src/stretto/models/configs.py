@@ -51,9 +51,7 @@ def spec_from_config(config: Mapping[str, Any], *, file: str) -> ModelSpec:
         raise fields.wrong("hidden_act", config["hidden_act"], "silu")
     if config.get("mlp_bias") or config.get("quantization_config"):
         name = "mlp_bias" if config.get("mlp_bias") else "quantization_config"
-        raise fields.wrong(
-            name, config[name], "absent; biased MLPs and pre-quantised checkpoints are not supported"
-        )
+        raise fields.wrong(name, config[name], "absent; biased MLPs and pre-quantised checkpoints are not supported")
     if family == "llama" and config.get("attention_bias"):
         raise fields.wrong("attention_bias", True, "false; a biased output projection is not supported")
     if family == "qwen3" and config.get("attention_bias"):
@@ -108,9 +106,7 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     raise fields.wrong("rope_scaling.rope_type", kind, "default, linear or llama3")
 
 
-def spec_from_gguf(
-    metadata: Mapping[str, Any], *, tied_embeddings: bool, vocab: int | None, file: str
-) -> ModelSpec:
+def spec_from_gguf(metadata: Mapping[str, Any], *, tied_embeddings: bool, vocab: int | None, file: str) -> ModelSpec:
     """See `ModelSpec.from_gguf`."""
     family = metadata.get("general.architecture")
     if family not in FAMILIES:
@@ -123,9 +119,7 @@ def spec_from_gguf(
     factor = fields.number(f"{family}.rope.scaling.factor", 1.0)
     head_dim = fields.count(f"{family}.attention.key_length", hidden // heads)
     if fields.count(f"{family}.rope.dimension_count", head_dim) != head_dim:
-        raise fields.wrong(
-            f"{family}.rope.dimension_count", metadata[f"{family}.rope.dimension_count"], str(head_dim)
-        )
+        raise fields.wrong(f"{family}.rope.dimension_count", metadata[f"{family}.rope.dimension_count"], str(head_dim))
     tokens = metadata.get("tokenizer.ggml.tokens")
     return fields.spec(
         family=family,
@@ -135,8 +129,7 @@ def spec_from_gguf(
         kv_heads=fields.count(f"{family}.attention.head_count_kv", heads),
         head_dim=head_dim,
         ffn=fields.count(f"{family}.feed_forward_length"),
-        vocab=vocab
-        or fields.count(f"{family}.vocab_size", len(tokens) if isinstance(tokens, list) else None),
+        vocab=vocab or fields.count(f"{family}.vocab_size", len(tokens) if isinstance(tokens, list) else None),
         tied_embeddings=tied_embeddings,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",

@@ -63,9 +63,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 24:
-                raise UserError(
-                    f"has {size} bytes, too few for a GGUF file", file=str(path), right="download it again"
-                )
+                raise UserError(f"has {size} bytes, too few for a GGUF file", file=str(path), right="download it again")
             # A private copy-on-write mapping: torch wants writable memory, and the file stays as it is.
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
@@ -87,16 +85,12 @@ class _Reader:
     def read(self, path: Path) -> GGUFFile:
         if self.data[:4] != _MAGIC:
             shown = bytes(self.data[:4])
-            raise self.wrong(
-                f"starts with {shown!r}, not {_MAGIC!r}", "give a GGUF file or a safetensors folder"
-            )
+            raise self.wrong(f"starts with {shown!r}, not {_MAGIC!r}", "give a GGUF file or a safetensors folder")
         self.at = 4
         version = self.scalar("<I")
         if version not in _VERSIONS:
             what = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
-            raise self.wrong(
-                f"is GGUF of {what}", f"little-endian version {' or '.join(map(str, _VERSIONS))} is read"
-            )
+            raise self.wrong(f"is GGUF of {what}", f"little-endian version {' or '.join(map(str, _VERSIONS))} is read")
         tensor_count, field_count = self.scalar("<Q"), self.scalar("<Q")
         self.fits(field_count, _SMALLEST_FIELD, "metadata fields")
         metadata = dict(self.field() for _ in range(field_count))
@@ -107,9 +101,7 @@ class _Reader:
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
             raise self.wrong(f"states an alignment of {alignment!r}", "a power of two up to 2**20")
         start = -(-self.at // alignment) * alignment
-        tensors = {
-            name: self.tensor(name, shape, kind, start + offset) for name, shape, kind, offset in entries
-        }
+        tensors = {name: self.tensor(name, shape, kind, start + offset) for name, shape, kind, offset in entries}
         return GGUFFile(path, metadata, tensors)
 
     def wrong(self, problem: str, right: str = "the file is damaged; download it again") -> UserError:
@@ -177,16 +169,10 @@ class _Reader:
         form = FORMATS.get(kind)
         if form is None:
             known = ", ".join(form.name for form in FORMATS.values())
-            raise self.wrong(
-                f"tensor {name!r} has block format {kind}, which is not read", f"use one of {known}"
-            )
+            raise self.wrong(f"tensor {name!r} has block format {kind}, which is not read", f"use one of {known}")
         if math.prod(shape) == 0 or shape[-1] % form.block:
-            raise self.wrong(
-                f"tensor {name!r} of shape {shape} is not whole {form.name} blocks of {form.block}"
-            )
+            raise self.wrong(f"tensor {name!r} of shape {shape} is not whole {form.name} blocks of {form.block}")
         size = math.prod(shape) // form.block * form.block_bytes
         if start + size > len(self.data):
-            raise self.wrong(
-                f"tensor {name!r} ends at byte {start + size}, but the file has {len(self.data)}"
-            )
+            raise self.wrong(f"tensor {name!r} ends at byte {start + size}, but the file has {len(self.data)}")
         return PackedTensor(form, shape, memoryview(self.data)[start : start + size])

@@ -33,9 +33,7 @@ class PassShape:
     logits_rows: int | None = None
 
     def __post_init__(self) -> None:
-        require(
-            len(self.new_tokens) == len(self.cached), "cached", self.cached, f"{len(self.new_tokens)} long"
-        )
+        require(len(self.new_tokens) == len(self.cached), "cached", self.cached, f"{len(self.new_tokens)} long")
         require(
             all(new >= 1 for new in self.new_tokens),
             "new_tokens",
@@ -44,9 +42,7 @@ class PassShape:
         )
         require(all(cached >= 0 for cached in self.cached), "cached", self.cached, "not negative")
         rows = self.logits_rows
-        require(
-            rows is None or 0 <= rows <= self.rows, "logits_rows", rows, f"None or from 0 to {self.rows} rows"
-        )
+        require(rows is None or 0 <= rows <= self.rows, "logits_rows", rows, f"None or from 0 to {self.rows} rows")
 
     @property
     def rows(self) -> int:
@@ -115,15 +111,10 @@ class _Lister:
             count=count,
         )
 
-    def attention(
-        self, phase: str, queries: int, context: int, pairs: int, at: tuple[float, ...]
-    ) -> Operation:
+    def attention(self, phase: str, queries: int, context: int, pairs: int, at: tuple[float, ...]) -> Operation:
         """One call over `queries` rows that read `context` cached tokens in `pairs` query-key pairs."""
         dim, heads = self.spec.head_dim, self.heads
-        moved = (
-            2 * queries * heads * dim * self.activation_bytes
-            + 2 * context * self.kv_heads * dim * self.kv_bytes
-        )
+        moved = 2 * queries * heads * dim * self.activation_bytes + 2 * context * self.kv_heads * dim * self.kv_bytes
         return Operation(
             name=f"attention_{phase}",
             kind="attention",
@@ -142,9 +133,7 @@ class _Lister:
         contexts = [cached + 1 for new, cached in lengths if new == 1]
         if contexts:
             total = sum(contexts)
-            yield self.attention(
-                "decode", len(contexts), total, total, (float(len(contexts)), total / len(contexts))
-            )
+            yield self.attention("decode", len(contexts), total, total, (float(len(contexts)), total / len(contexts)))
         for new, cached in lengths:
             if new > 1:
                 pairs = new * cached + new * (new + 1) // 2
@@ -157,18 +146,12 @@ class _Lister:
         shape = f"h{heads}/kv{kv}/d{dim}"
         hidden = f"hidden{spec.hidden}"
 
-        yield self.rowwise(
-            "norm_attention", "norm", f"norm/{hidden}", rows, spec.hidden, flops=4, moves=2, count=count
-        )
+        yield self.rowwise("norm_attention", "norm", f"norm/{hidden}", rows, spec.hidden, flops=4, moves=2, count=count)
         yield self.matmul("qkv", rows, spec.hidden, (heads + 2 * kv) * dim, count)
         turned = (heads + kv) * dim
         if spec.qk_norm:
-            yield self.rowwise(
-                "norm_qk", "norm", f"norm-qk/{shape}", rows, turned, flops=4, moves=2, count=count
-            )
-        yield self.rowwise(
-            "rope", "elementwise", f"rope/{shape}", rows, turned, flops=3, moves=2, count=count
-        )
+            yield self.rowwise("norm_qk", "norm", f"norm-qk/{shape}", rows, turned, flops=4, moves=2, count=count)
+        yield self.rowwise("rope", "elementwise", f"rope/{shape}", rows, turned, flops=3, moves=2, count=count)
         yield self.rowwise(
             "kv_write", "elementwise", f"kv-write/{shape}", rows, 2 * kv * dim, flops=0, moves=2, count=count
         )
@@ -178,29 +161,21 @@ class _Lister:
             "add_attention", "elementwise", f"add/{hidden}", rows, spec.hidden, flops=1, moves=3, count=count
         )
 
-        yield self.rowwise(
-            "norm_mlp", "norm", f"norm/{hidden}", rows, spec.hidden, flops=4, moves=2, count=count
-        )
+        yield self.rowwise("norm_mlp", "norm", f"norm/{hidden}", rows, spec.hidden, flops=4, moves=2, count=count)
         yield self.matmul("gate_up", rows, spec.hidden, 2 * ffn, count)
         yield self.rowwise(
             "activation", "elementwise", f"activation/ffn{ffn}", rows, ffn, flops=5, moves=3, count=count
         )
         yield self.matmul("down", rows, ffn, spec.hidden, count)
-        yield self.rowwise(
-            "add_mlp", "elementwise", f"add/{hidden}", rows, spec.hidden, flops=1, moves=3, count=count
-        )
+        yield self.rowwise("add_mlp", "elementwise", f"add/{hidden}", rows, spec.hidden, flops=1, moves=3, count=count)
 
     def whole(self, batch: PassShape) -> Iterator[Operation]:
         spec, hidden = self.spec, f"hidden{self.spec.hidden}"
-        yield self.rowwise(
-            "embed", "gather", f"embed/{hidden}", batch.rows, spec.hidden, flops=0, moves=2, count=1
-        )
+        yield self.rowwise("embed", "gather", f"embed/{hidden}", batch.rows, spec.hidden, flops=0, moves=2, count=1)
         yield from self.layer(batch)
         if batch.head_rows:
             rows = batch.head_rows
-            yield self.rowwise(
-                "norm_final", "norm", f"norm/{hidden}", rows, spec.hidden, flops=4, moves=2, count=1
-            )
+            yield self.rowwise("norm_final", "norm", f"norm/{hidden}", rows, spec.hidden, flops=4, moves=2, count=1)
             yield self.matmul("lm_head", rows, spec.hidden, -(-spec.vocab // self.tp), 1)
 
 

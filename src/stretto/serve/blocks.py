@@ -1,7 +1,7 @@
 """Bookkeeping of KV pages: who holds which page of the pool. No tensors; the engine and its simulated twin both use it.
 
-A page holds `page_tokens` consecutive positions of one request. A contiguous slot is the case in which one page is as long as
-the longest request.
+A page holds `page_tokens` consecutive positions of one request. A contiguous slot is the case in which one
+page is as long as the longest request.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from stretto.core.errors import require
 class BlockPool:
     """Pages 0 .. pages-1, each free or held by exactly one request.
 
-    The lowest pages of a fresh pool are given out first and freed pages are taken up in the order of their freeing, so the same
-    events always lead to the same tables.
+    The lowest pages of a fresh pool are given out first and freed pages are taken up in the order of their
+    freeing, so the same events always lead to the same tables.
     """
 
     def __init__(self, *, pages: int, page_tokens: int) -> None:

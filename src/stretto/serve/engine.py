@@ -1,7 +1,8 @@
 """The serving engine: asks the scheduler, awaits the backend, hands out tokens. It holds no policy and no tensors.
 
-The same lines run on the real clock with the model and on virtual time with its simulated twin; every event that the scheduler
-saw is logged, so a run can be replayed decision by decision. A backend that crashes or does not answer in time is wiped and
+The same lines run on the real clock with the model and on virtual time with its simulated twin; every event
+that the scheduler saw is logged, so a run can be replayed decision by decision. A backend that crashes or
+does not answer in time is wiped and
 the live requests are recomputed from their tokens: none is lost, doubled or given a token twice.
 """
 
@@ -99,9 +100,7 @@ class Handle:
         """Add a token that came at `at`; true if the answer is complete."""
         self.tokens.append(token)
         self.times_s.append(at)
-        if token in self.request.stop_tokens:
-            self.end("stop", at)
-        elif self.stream.push(token):
+        if token in self.request.stop_tokens or self.stream.push(token):
             self.end("stop", at)
         elif len(self.tokens) >= self.request.limit:
             self.end("length", at)
@@ -335,19 +334,17 @@ class Engine:
             return None
 
     def _hand_out(self, work: Pass, result: PassResult) -> list[int]:
-        edges = result.boundaries_s
-        for k in range(result.steps):
-            key = Key(work.phase, step=self.steps)
-            self.recorder.span("device", edges[k], edges[k + 1], key)
+        for start, finish in result.spans_s:
+            self.recorder.span("device", start, finish, Key(work.phase, step=self.steps))
             self.steps += 1
-        self.recorder.counter("running", edges[0], len(work.prefill) + len(work.decode))
+        self.recorder.counter("running", result.spans_s[0][0], len(work.prefill) + len(work.decode))
         finished = []
         if result.tokens:
             self._failures_in_a_row = 0
         for request, tokens in result.tokens.items():
             handle = self._live[request]
             for k, token in enumerate(tokens):
-                if handle.take(token, edges[k + 1]):
+                if handle.take(token, result.spans_s[k][1]):
                     finished.append(request)
                     break
         for request in finished:

@@ -1,7 +1,7 @@
 """Choosing the next token from logits: greedy, temperature, top-k, top-p, min-p.
 
-A request's draws come from a counter-based stream of its own seed and the token's position, so they do not depend on which other
-requests share the batch, on the slot, or on a restart in the middle.
+A request's draws come from a counter-based stream of its own seed and the token's position, so they do not
+depend on which other requests share the batch, on the slot, or on a restart in the middle.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The engine's scheduler: a pure policy, events in, decisions out. It never sees a tensor, a clock or a token's value.
 
-Iteration-level scheduling under a token budget (Orca, Yu et al., OSDI 2022; chunked prefill, Sarathi, Agrawal et al. 2023) over
-one pool of KV pages (vLLM, Kwon et al., SOSP 2023). When pages run out, the request that joined last is put back to the head
-of the queue and later recomputed. A decision says for how many steps it stays valid, so that both drivers may take them at once.
+Iteration-level scheduling under a token budget (Orca, Yu et al., OSDI 2022; chunked prefill, Sarathi, Agrawal
+et al. 2023) over one pool of KV pages (vLLM, Kwon et al., SOSP 2023). When pages run out, the request that
+joined last is put back to the head of the queue and later recomputed. A decision says for how many steps it
+stays valid, so that both drivers may take them at once.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ class Decision:
 
 @dataclass(slots=True)
 class _Request:
-    """One live request. `computed` positions have their KV; `produced` tokens are out; its text is `prompt + produced` long."""
+    """One live request. `computed` positions have their KV; `produced` tokens are out; its text is `prompt +
+    produced` long.
+    """
 
     id: int
     arrived_s: float
@@ -100,8 +103,9 @@ class Scheduler:
     """See the module. `apply` takes an event, `decide` gives a decision; `waiting` and `running` are in order.
 
     Events: {"type": "arrive", "id", "at", "prompt", "limit"}, {"type": "ran", "steps", "finished": [ids]} after each
-    decision that was carried out, {"type": "cancel", "id"}, {"type": "lost"} (the backend forgot all KV and the step's results),
-    {"type": "close"} (no more will arrive), {"type": "tick", "at"} (time, where the policy asked to be woken).
+    decision that was carried out, {"type": "cancel", "id"}, {"type": "lost"} (the backend forgot all KV and
+    the step's results), {"type": "close"} (no more will arrive), {"type": "tick", "at"} (time, where the
+    policy asked to be woken).
     """
 
     config: SchedulerConfig

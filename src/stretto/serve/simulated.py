@@ -1,4 +1,5 @@
-"""The backend's simulated twin: takes modelled seconds on the clock and ends each answer at a length that is known beforehand.
+"""The backend's simulated twin: takes modelled seconds on the clock and ends each answer at a length that is
+known beforehand.
 
 The engine and the scheduler in front of it are the product's own.
 """
@@ -7,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from stretto.core.clock import Clock
@@ -36,17 +37,28 @@ class SimulatedBackend:
         clock: on which it takes it.
         lengths: for each request, how many tokens its answer has, the ending one included.
         prompts: for each request, the length of its prompt.
+        host_s: what the host takes between two steps with so many rows; the engine itself spends the first one.
+        on_host: told of each such stretch.
     """
 
     steps_at_once = 1 << 30
 
     def __init__(
-        self, cost: PassCost, clock: Clock, lengths: Mapping[int, int], prompts: Mapping[int, int]
+        self,
+        cost: PassCost,
+        clock: Clock,
+        lengths: Mapping[int, int],
+        prompts: Mapping[int, int],
+        *,
+        host_s: Callable[[int], float] = lambda rows: 0.0,
+        on_host: Callable[[float, float], None] = lambda start, finish: None,
     ) -> None:
         self._cost = cost
         self._clock = clock
         self._lengths = lengths
         self._prompts = prompts
+        self._host_s = host_s
+        self._on_host = on_host
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
         yields = [row for row in (*work.prefill, *work.decode) if row.sampling is not None]
@@ -56,26 +68,36 @@ class SimulatedBackend:
             seconds = [self._cost.prefill_s(chunks, contexts)]
         else:
             seconds = self._cost.decode_s(contexts, min(steps, min(map(self._left, yields))))
-        edges = list(accumulate(seconds, initial=self._clock.now))
-        edges = await self._pass_time(edges, news)
-        tokens = {row.id: self._tokens(row, len(edges) - 1) for row in yields}
-        return PassResult(tokens=tokens, boundaries_s=tuple(edges))
+        spans = await self._take_time(self._spans(seconds, self._host_s(len(contexts))), news)
+        for (_, finish), (start, _) in pairwise(spans):
+            if start > finish:
+                self._on_host(finish, start)
+        tokens = {row.id: self._tokens(row, len(spans)) for row in yields}
+        return PassResult(tokens=tokens, spans_s=tuple(spans))
 
-    async def _pass_time(self, edges: list[float], news: asyncio.Event) -> list[float]:
-        """Wait until the last of `edges`, or until the first one after `news`; returns the edges that were reached."""
-        if len(edges) > 2:
+    def _spans(self, seconds: Sequence[float], gap: float) -> list[tuple[float, float]]:
+        """Start and finish of successive steps with a gap between them, from now on."""
+        spans, start = [], self._clock.now
+        for s in seconds:
+            spans.append((start, start + s))
+            start = start + s + gap
+        return spans
+
+    async def _take_time(self, spans: list[tuple[float, float]], news: asyncio.Event) -> list[tuple[float, float]]:
+        """Wait until the last span ends, or until the first one that ends after `news`; returns those that ended."""
+        if len(spans) > 1:
             hear = asyncio.ensure_future(news.wait())
             try:
-                async with self._clock.timeout(edges[-1] - edges[0]):
+                async with self._clock.timeout(spans[-1][1] - self._clock.now):
                     await self._clock.wait(hear, "the simulated backend computes")
             except TimeoutError:
-                return edges
+                return spans
             finally:
                 hear.cancel()
-            reached = max(1, bisect_left(edges, self._clock.now))
-            edges = edges[: reached + 1]
-        await self._clock.sleep(max(0.0, edges[-1] - self._clock.now))
-        return edges
+            ends = [finish for _, finish in spans]
+            spans = spans[: bisect_left(ends, self._clock.now) + 1]
+        await self._clock.sleep(max(0.0, spans[-1][1] - self._clock.now))
+        return spans
 
     def wipe(self) -> None:
         """Nothing is held, so there is nothing to forget."""

