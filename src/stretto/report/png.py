@@ -37,25 +37,19 @@ def png(traces: Sequence[Trace], path: Path, *, title: str) -> None:
         from matplotlib.patches import Patch
     except ImportError:
         raise UserError("a PNG needs matplotlib", right="pip install 'stretto[pictures]'") from None
-    phases = list(dict.fromkeys(phase for trace in traces for phase in trace.phases))
-    lanes = sum(min(len(trace.lanes), MAX_LANES) for trace in traces)
-    figure = Figure(figsize=(12, 1.6 + 0.32 * lanes + 0.6 * len(traces)), layout="constrained")
+    shown = [np.unique(trace.spans.lane)[:MAX_LANES] for trace in traces]
+    phases = list(dict.fromkeys(t.phases[p] for t in traces for p in np.unique(t.spans.phase)))
+    figure = Figure(figsize=(12, 1.6 + sum(0.32 * len(lanes) + 0.6 for lanes in shown)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(
-        len(traces),
-        1,
-        sharex=True,
-        squeeze=False,
-        height_ratios=[1 + min(len(t.lanes), MAX_LANES) for t in traces],
-    )
-    for trace, axis in zip(traces, axes[:, 0], strict=True):
-        shown = trace.lanes[:MAX_LANES]
-        for lane in range(len(shown)):
+    heights = [1 + len(lanes) for lanes in shown]
+    axes = figure.subplots(len(traces), 1, sharex=True, squeeze=False, height_ratios=heights)
+    for trace, lanes, axis in zip(traces, shown, axes[:, 0], strict=True):
+        for place, lane in enumerate(lanes):
             rows = np.flatnonzero(trace.spans.lane == lane)
             bars = np.stack([trace.spans.start[rows], (trace.spans.finish - trace.spans.start)[rows]], axis=1)
             colours = [COLOURS[phases.index(trace.phases[p]) % len(COLOURS)] for p in trace.spans.phase[rows]]
-            axis.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colours)
-        axis.set_yticks(range(len(shown)), shown, fontsize=8)
+            axis.broken_barh(bars, (place - 0.4, 0.8), facecolors=colours, antialiased=False)
+        axis.set_yticks(range(len(lanes)), [trace.lanes[lane] for lane in lanes], fontsize=8)
         axis.invert_yaxis()
         axis.set_title(f"{trace.source}: {trace.makespan:.4g} s", loc="left", fontsize=10)
     axes[-1, 0].set_xlabel("seconds")

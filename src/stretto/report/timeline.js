@@ -69,7 +69,7 @@
     for (const curve of trace.curves) if (curve.times.length) add({ kind: "curve", trace, curve }, CURVE);
   }
 
-  const end = Math.max(1e-9, ...traces.map(t => t.makespan));
+  const end = Math.max(1e-9, ...traces.map(t => t.makespan)) * 1.01;
   const view = { from: 0, to: end };
   const canvas = document.getElementById("canvas"), tip = document.getElementById("tip");
   const context = canvas.getContext("2d");
@@ -128,9 +128,13 @@
     const tick = [1, 2, 5, 10].map(k => k * base).find(k => k >= raw);
     const digits = Math.max(0, -Math.floor(Math.log10(tick)));
     for (let t = Math.ceil(view.from / tick) * tick; t <= view.to; t += tick) {
+      if (x(t) < LABEL) continue;
+      context.globalAlpha = 1;
       context.fillText(`${t.toFixed(digits)} s`, x(t) + 3, 15);
+      context.globalAlpha = 0.25;
       context.fillRect(x(t), 0, 1, height);
     }
+    context.globalAlpha = 1;
   }
 
   function label(text, y, bold) {
@@ -148,9 +152,7 @@
     context.setTransform(scale, 0, 0, scale, 0, 0);
     context.clearRect(0, 0, width(), height + 6);
     context.font = "11px system-ui, sans-serif";
-    context.globalAlpha = 0.25;
     drawAxis();
-    context.globalAlpha = 1;
     for (const row of rows) {
       if (row.kind === "head") {
         context.fillStyle = css("--band");

@@ -355,8 +355,9 @@ class Engine:
         request = handle.request.id
         if reason is not None:
             handle.end(reason, self.clock.now)
-        key = Key("request", micro_batch=request)
-        self.recorder.request("requests", handle.arrived_s, max(handle.finished_s, handle.arrived_s), key)
+        began = handle.started_s if handle.started_s is not None else handle.arrived_s
+        key = Key("answer", micro_batch=request)
+        self.recorder.request("requests", began, max(handle.finished_s, began), key)
         del self._live[request]
         self.finished += 1
         self._tables.pop(request, None)

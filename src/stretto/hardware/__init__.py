@@ -1,0 +1,1 @@
+"""Machines: devices, links and clusters, the catalog, the probe, and the cost of work on them."""
