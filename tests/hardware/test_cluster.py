@@ -123,6 +123,9 @@ def test_measured_tables_reach_the_device_and_keep_the_rest() -> None:
     assert changed.device("a0/gpu3").measured == {"x": table}
     assert changed.link_between("a0/gpu0", "a0/gpu1").name == "nvlink3"
     assert changed.device("b/gpu0") == mixed().device("b/gpu0")
+    kinds = (Devices(type="a40", count=2), Devices(type="h100-pcie", count=2))
+    two_kinds = Cluster(name="x", nodes=(Node(name="n", devices=kinds),)).with_measured("n/gpu3", {"x": table})
+    assert [bool(device.measured) for device in two_kinds.devices().values()] == [False, False, True, True]
     with pytest.raises(ValueError, match="no device 'a9/gpu0'"):
         mixed().with_measured("a9/gpu0", {"x": table})
 

@@ -129,11 +129,14 @@ def test_the_answer_is_kept_and_a_broken_one_replaced(quick: Path) -> None:
     (file,) = (quick / "stretto").glob("machine-*.yaml")
     assert probe.probe() == first
     assert files.load_cluster(file) == first
-    for broken in ("", "][", "name: x\nnodes: []\n", file.read_text().replace("kind: cpu", "kind: abacus")):
+    elsewhere = file.read_text().replace(probe.machine_identity(), "another machine")
+    for broken in (elsewhere, "", "][", "name: x\nnodes: []\n", file.read_text().replace("kind: cpu", "kind: abacus")):
         file.write_text(broken)
         assert probe.is_this_machine(probe.probe())
         assert probe.is_this_machine(files.load_cluster(file))
-    again = probe.probe(again=True)
+    told: list[str] = []
+    again = probe.probe(again=True, progress=lambda what, done, total: told.append(what))
+    assert told
     assert files.load_cluster(file) == again
 
 

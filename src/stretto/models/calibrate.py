@@ -18,6 +18,7 @@ import numpy as np
 from stretto.hardware.table import Table
 from stretto.models.batching import Segment
 from stretto.models.passes import PassShape
+from stretto.models.thread import compute
 
 if TYPE_CHECKING:
     from stretto.models.kv_cache import KVCache
@@ -31,6 +32,8 @@ SHORT_CONTEXT = 128
 PREFILL_CACHED = {32: (0, 512), 128: (0, 512), 384: (0, 1300)}
 MOST_REPEATS, POINT_S = 7, 0.2
 """Each point is timed at least twice and at most this often, for about so many seconds."""
+DISTURBED = 1.25
+"""Samples this many times the median are left out: something else had the core."""
 
 Progress = Callable[[str, float, float], None]
 
@@ -63,12 +66,10 @@ def calibrate(model: Model, *, threads: int, progress: Progress = lambda what, d
 
     Takes a few seconds for a small model. The machine should be quiet.
     """
-    import torch
-
-    torch.set_num_threads(threads)
+    compute(_set_threads, threads)
     spec = model.spec
     points = [p for p in _grid() if max(n + c for n, c in zip(p.new, p.cached, strict=True)) <= spec.max_positions]
-    cache = _filled_cache(model)
+    cache = compute(_filled_cache, model)
     samples: dict[str, dict[tuple[float, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
     what = f"measuring {model.dtype} on {threads} thread{'s' if threads > 1 else ''}"
     for number, point in enumerate(points):
@@ -80,10 +81,8 @@ def calibrate(model: Model, *, threads: int, progress: Progress = lambda what, d
 
 def drift(model: Model, tables: Mapping[str, Table], *, threads: int) -> float:
     """How much slower (positive) or faster a few passes are now than `tables` say, as a share; well under a second."""
-    import torch
-
-    torch.set_num_threads(threads)
-    cache = _filled_cache(model)
+    compute(_set_threads, threads)
+    cache = compute(_filled_cache, model)
     ratios = []
     for point in (_Point((1,) * 8, _ragged(256, 8)), _Point((1,), (256,)), _Point((128,), (0,))):
         said = sum(
@@ -100,7 +99,13 @@ def warm_up(model: Model) -> None:
     """Two small passes on made-up tokens, so that the first real one does not pay for lazy set-up."""
     cache = model.transformer.new_cache(pages=2, page_tokens=32)
     for point in (_Point((16,), (0,)), _Point((1, 1), (16, 12))):
-        _run(model, cache, point, None)
+        compute(_run, model, cache, point)
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def _grid() -> Iterator[_Point]:
@@ -115,14 +120,14 @@ def _grid() -> Iterator[_Point]:
 def _timed(model: Model, cache: KVCache, point: _Point) -> Iterator[dict[str, float]]:
     """Seconds by section of some passes, after one that is not counted unless a pass is long."""
     spent = 0.0
-    first = _run(model, cache, point, {})
+    first = compute(_run, model, cache, point)
     if first[""] > POINT_S:
         yield first
         spent += first[""]
     for number in range(MOST_REPEATS):
         if number >= 2 and spent > POINT_S:
             return
-        seconds = _run(model, cache, point, {})
+        seconds = compute(_run, model, cache, point)
         spent += seconds[""]
         yield seconds
 
@@ -144,8 +149,8 @@ def _filled_cache(model: Model) -> KVCache:
     return cache
 
 
-def _run(model: Model, cache: KVCache, point: _Point, into: dict[str, float] | None) -> dict[str, float]:
-    """Run one pass; seconds by section are added to `into` (None: untimed), and the whole under ""."""
+def _run(model: Model, cache: KVCache, point: _Point) -> dict[str, float]:
+    """Run one pass; seconds by section, and of the whole under ""."""
     import torch
 
     segments, row = [], 0
@@ -153,21 +158,19 @@ def _run(model: Model, cache: KVCache, point: _Point, into: dict[str, float] | N
         segments.append(Segment(row, new, cached, (slot,), 1))
         row += new
     tokens = torch.arange(row, dtype=torch.int64) % min(1000, model.spec.vocab)
-    if into is None:
-        model.transformer.forward(tokens, segments, cache)
-        return {}
+    seconds: dict[str, float] = defaultdict(float)
     clock = time.perf_counter
     began = last = clock()
 
     def mark(section: str) -> None:
         nonlocal last
         now = clock()
-        into[section] = into.get(section, 0.0) + now - last
+        seconds[section] += now - last
         last = now
 
     model.transformer.forward(tokens, segments, cache, mark)
-    into[""] = clock() - began
-    return into
+    seconds[""] = clock() - began
+    return seconds
 
 
 def _note(
@@ -190,7 +193,7 @@ def _note(
 
 def _table(name: str, found: Mapping[tuple[float, ...], Sequence[float]]) -> Table:
     points = sorted(found)
-    values = [float(np.median(found[p])) for p in points]
+    values = [_typical(found[p]) for p in points]
     spreads = [_spread(found[p]) for p in points]
     axes = ("rows",) if len(points[0]) == 1 else ("rows", "context" if "decode" in name else "context_per_row")
     return Table(
@@ -202,6 +205,12 @@ def _table(name: str, found: Mapping[tuple[float, ...], Sequence[float]]) -> Tab
         spread=float(np.median(spreads)),
         source="measured here by calibrate",
     )
+
+
+def _typical(samples: Sequence[float]) -> float:
+    """The mean of the undisturbed samples: runs add passes up, and means add where medians do not."""
+    seconds = np.asarray(samples)
+    return float(seconds[seconds <= DISTURBED * np.median(seconds)].mean())
 
 
 def _spread(samples: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from stretto.core.errors import UserError
 from stretto.models.gguf_file import read_gguf
 from stretto.models.source import find_model
 from stretto.models.spec import ModelSpec
+from stretto.models.thread import compute
 from stretto.models.tokenizer import Tokenizer
 from stretto.models.weights import Weights, gguf_weights, read_json, safetensors_weights
 
@@ -63,12 +64,15 @@ def load_model(name_or_path: str, *, dtype: str = "fp32", threads: int | None = 
         raise UserError(f"models do not run in {dtype!r}", field="dtype", right=f"one of {', '.join(DTYPES)}")
     if threads is not None and threads < 1:
         raise UserError(f"is {threads}", field="threads", right="at least 1, or none for all CPUs")
+    return compute(_load, name_or_path, dtype, threads or len(os.sched_getaffinity(0)))
+
+
+def _load(name_or_path: str, dtype: str, threads: int) -> Model:
     torch_dtype = _torch_dtype(dtype)
     files = open_model(name_or_path)
 
     from stretto.models.transformer import build
 
-    threads = threads or len(os.sched_getaffinity(0))
     transformer = build(files.spec, files.weights, dtype=torch_dtype, threads=threads)
     return Model(name_or_path, dtype, files.spec, files.tokenizer, transformer)
 
@@ -84,9 +88,10 @@ def _torch_dtype(dtype: str) -> torch.dtype:
     # fast (31 against 23 GB/s in fp32, 35 against 21 in bf16 for the head) and are laid out in a third of
     # the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Read by OpenMP when torch is first imported. By default its threads spin for ever at barriers, and with one busy
-    # neighbour every barrier takes a time slice (1208 ms for a step of 47 ms, seen); 20,000 turns are some 50 us.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Read by OpenMP when torch is first imported. By default its threads spin so long at barriers that one
+    busy neighbour # makes every barrier take a time slice (1208 ms for a step of 47 ms, seen); 60,000 turns
+    are under a millisecond, # which covers the host's work between two passes (20,000 do not: steps took a
+    quarter longer). os.environ.setdefault("GOMP_SPINCOUNT", "60000")
     try:
         import torch
     except ImportError:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from stretto.core.clock import RealClock
 from stretto.models.batching import Segment
+from stretto.models.thread import submit
 from stretto.serve.backend import Pass, PassResult, Row
 from stretto.serve.sampling import sample
 
@@ -36,11 +36,9 @@ class LocalBackend:
         self._model = model
         self._cache: KVCache = model.transformer.new_cache(pages=pages, page_tokens=page_tokens)
         self._clock = clock
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stretto-model")
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, self._compute, work)
+        return await asyncio.wrap_future(submit(self._compute, work))
 
     def _compute(self, work: Pass) -> PassResult:
         start = self._clock.now
@@ -57,10 +55,6 @@ class LocalBackend:
 
     def forget(self, ids: Iterable[int]) -> None:
         """Likewise."""
-
-    def close(self) -> None:
-        """End the worker thread."""
-        self._worker.shutdown(wait=True)
 
 
 def forward_rows(model: Model, cache: KVCache, rows: Sequence[Row]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from stretto.serve import plan as choices
 from stretto.serve.job import ServeJob
 from stretto.serve.workload import Workload
 
-FRESH_S = 600.0
+FRESH_S = 60.0
 """Tables younger than this are believed; older ones are checked against a few passes first."""
 TOLERANCE = 0.08
 """Older tables are measured anew when the checking passes differ by more than this."""

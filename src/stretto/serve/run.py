@@ -50,15 +50,12 @@ async def _serve(model: Model, job: ServeJob, plan: ServePlan, work: Workload, c
     clock = RealClock(on_spend=lambda what, start, finish: recorder.span("host", start, finish, Key(what)))
     backend = LocalBackend(model, pages=settings.pages, page_tokens=settings.page_tokens, clock=clock)
     engine = Engine(Scheduler(settings), backend, clock, recorder, log=log)
-    try:
-        running = asyncio.ensure_future(engine.run())
-        watching = asyncio.ensure_future(_watch(engine, clock, job, ctx))
-        handles = await _submit(engine, clock, model, job, work, ctx)
-        engine.close()
-        await running
-        watching.cancel()
-    finally:
-        backend.close()
+    running = asyncio.ensure_future(engine.run())
+    watching = asyncio.ensure_future(_watch(engine, clock, job, ctx))
+    handles = await _submit(engine, clock, model, job, work, ctx)
+    engine.close()
+    await running
+    watching.cancel()
     recorder.memory(plan.device, 0.0, memory_bytes(plan, work))
     answers = tuple(handle.result() for handle in handles)
     interrupted = any(answer.reason == "cancelled" for answer in answers) or len(answers) < len(work.prompts)
