@@ -88,10 +88,10 @@ def _torch_dtype(dtype: str) -> torch.dtype:
     # fast (31 against 23 GB/s in fp32, 35 against 21 in bf16 for the head) and are laid out in a third of
     # the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Read by OpenMP when torch is first imported. By default its threads spin so long at barriers that one
-    busy neighbour # makes every barrier take a time slice (1208 ms for a step of 47 ms, seen); 60,000 turns
-    are under a millisecond, # which covers the host's work between two passes (20,000 do not: steps took a
-    quarter longer). os.environ.setdefault("GOMP_SPINCOUNT", "60000")
+    # Read by OpenMP when torch is first imported. By default its threads spin so long at barriers that one busy
+    # neighbour makes every barrier take a time slice (1208 ms for a step of 47 ms, seen); 60,000 turns are under a
+    # millisecond, which covers the host's work between two passes (20,000 do not: steps took a quarter longer).
+    os.environ.setdefault("GOMP_SPINCOUNT", "60000")
     try:
         import torch
     except ImportError:
