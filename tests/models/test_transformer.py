@@ -75,17 +75,18 @@ def test_ragged_passes_in_any_mix(model: Model, reference: Any, page_tokens: int
             assert_close(got, torch.cat(want))
 
 
-def test_decode_over_slots_in_a_row_is_one_call(model: Model, reference: Any) -> None:
+def test_rows_that_decode_share_one_call(model: Model, reference: Any) -> None:
     texts = sequences(5, seed=3)
     cache = model.transformer.new_cache(pages=5, page_tokens=64)
     for i, tokens in enumerate(texts):
         model.transformer.forward(torch.tensor(tokens[:-1]), [Segment(0, len(tokens) - 1, 0, (i,), 0)], cache)
     segments = [Segment(i, 1, len(tokens) - 1, (i,)) for i, tokens in enumerate(texts)]
     plan = plan_pass(segments, cache)
-    assert len(plan.decode) == 1
     assert plan.order is None
-    assert plan.decode[0].context is not None
-    assert plan.decode[0].context.slots == (0, 5)
+    assert plan.decode is not None
+    assert plan.decode.rows == 5
+    assert plan.decode.lengths.tolist() == [len(tokens) for tokens in texts]
+    assert plan.decode.tables.tolist() == [[i] for i in range(5)]
     got = model.transformer.forward(torch.tensor([tokens[-1] for tokens in texts]), segments, cache)
     assert_close(got, torch.stack([expected(reference, tokens)[-1] for tokens in texts]))
 

@@ -59,8 +59,7 @@ class _Timer(_Handle):
         return self._when
 
 
-# To the type checker an unknown class: the real base is abstract in forty methods, most of which exist to be
-refused here.
+# To the type checker an unknown class: the real base is abstract in forty methods; most are refused here.
 _Loop: Any = asyncio.AbstractEventLoop
 
 

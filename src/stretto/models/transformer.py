@@ -21,7 +21,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from stretto.core.errors import UserError
-from stretto.models.batching import Attend, PassPlan, Segment, plan_pass
+from stretto.kernels.attention import HEAD_DIMS, decode_attention, decode_attention_reference
+from stretto.models.batching import Decode, PassPlan, Prefill, Segment, plan_pass
 from stretto.models.kv_cache import KVCache
 from stretto.models.linear import linear_map
 from stretto.models.quantized import PackedTensor
@@ -183,35 +184,28 @@ class Transformer:
         self, index: int, heads: torch.Tensor, plan: PassPlan, cache: KVCache, timer: Timer | None
     ) -> torch.Tensor:
         """Every attention call of the pass for heads [T, Q + 2K, D]: [T, Q * D]."""
-        if len(plan.decode) == 1 and not plan.prefill:
-            mixed = self._decode(index, heads, plan.decode[0], cache)
+        rows = plan.decode.rows if plan.decode else 0
+        mixed = heads.new_empty(len(heads), self.spec.q_width) if plan.prefill else None
+        if plan.decode:
+            found = self._decode(heads[:rows, : self.spec.heads], cache.layers[index], plan.decode)
             if timer:
                 timer("attention_decode")
-            return mixed
-        mixed = heads.new_empty(len(heads), self.spec.q_width)
-        for call in plan.decode:
-            mixed[call.first : call.last] = self._decode(index, heads, call, cache)
-        if timer and plan.decode:
-            timer("attention_decode")
+            if mixed is None:
+                return found
+            mixed[:rows] = found
+        assert mixed is not None
         for call in plan.prefill:
             mixed[call.first : call.last] = self._prefill(index, heads, call, cache)
             if timer:
                 timer("attention_prefill")
         return mixed
 
-    def _decode(self, index: int, heads: torch.Tensor, call: Attend, cache: KVCache) -> torch.Tensor:
-        """One row a sequence: the query heads of a KV head stand in for rows, so no key is read twice."""
-        spec, context = self.spec, call.context
-        assert context is not None
-        rows = heads[call.first : call.last, : spec.heads]
-        grouped = rows.view(len(rows), spec.kv_heads, -1, spec.head_dim)
-        found = context.read(cache, index)
-        mixed = scaled_dot_product_attention(
-            grouped, found[:, : spec.kv_heads], found[:, spec.kv_heads :], attn_mask=context.mask
-        )
-        return mixed.reshape(len(rows), spec.q_width)
+    def _decode(self, rows: torch.Tensor, layer: torch.Tensor, call: Decode) -> torch.Tensor:
+        """One row a sequence, [rows, Q, D]: by the kernel, or where it has none for this width, by its reference."""
+        attend = decode_attention if self.spec.head_dim in HEAD_DIMS else decode_attention_reference
+        return attend(rows, layer, call.tables, call.lengths)
 
-    def _prefill(self, index: int, heads: torch.Tensor, call: Attend, cache: KVCache) -> torch.Tensor:
+    def _prefill(self, index: int, heads: torch.Tensor, call: Prefill, cache: KVCache) -> torch.Tensor:
         """The rows of one prompt: against each other, or as a chunk against what is cached and each other."""
         spec, context = self.spec, call.context
         rows = heads[call.first : call.last].transpose(0, 1)[None]

@@ -1,0 +1,11 @@
+// The native half of stretto.kernels: one bind function a file.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void bind_attention(nb::module_ &m);
+
+NB_MODULE(_native, m) {
+    m.doc() = "CPU kernels; the Python faces and plain references are in stretto.kernels.";
+    bind_attention(m);
+}
