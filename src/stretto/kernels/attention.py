@@ -75,7 +75,8 @@ def decode_attention_reference(
         length = int(lengths[row])
         pages = tables[row, : -(-length // page_tokens)]
         found = layer[pages].double().transpose(0, 1).reshape(2 * kv_heads, -1, dim)[:, :length]
-        keys, values = (part.repeat_interleave(heads // kv_heads, dim=0) for part in (found[:kv_heads], found[kv_heads:]))
+        halves = (found[:kv_heads], found[kv_heads:])
+        keys, values = (half.repeat_interleave(heads // kv_heads, dim=0) for half in halves)
         scores = (keys @ query[row].double()[:, :, None])[..., 0] / math.sqrt(dim)
         mixed.append((scores.softmax(-1)[:, None] @ values)[:, 0].reshape(-1))
     return torch.stack(mixed).to(query.dtype)
