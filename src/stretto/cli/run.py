@@ -30,11 +30,12 @@ def run(
     as_json: bool = typer.Option(False, "--json", help="Print everything as one JSON document."),
 ) -> None:
     """Run a job here and show predicted beside measured. Ctrl-C ends cleanly with what is done."""
-    with interruptible() as cancelled, progress_bar(quiet=as_json) as progress:
+    with progress_bar(quiet=as_json) as progress:
         chosen = stretto.chosen_plan(what, recheck=recheck, progress=progress)
         forecast = stretto.predict(chosen)
         if not as_json:
             show_forecast(chosen.choices, forecast)
+    with interruptible() as cancelled, progress_bar(quiet=as_json) as progress:
         ctx = Context(progress=progress, cancelled=cancelled, output=output, seed=seed)
         result = stretto.run(chosen, ctx=ctx)
     if as_json:

@@ -65,6 +65,8 @@ class EventLog:
             json.dumps({"at": e.at, "events": e.events, "decision": e.decision}, separators=(",", ":"))
             for e in self.entries
         ]
+        if self._waiting:
+            lines.append(json.dumps({"events": self._waiting}, separators=(",", ":")))
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     @classmethod
@@ -72,26 +74,39 @@ class EventLog:
         """Read what `save` wrote.
 
         Raises:
-            UserError: for a line that is not of that form.
+            UserError: for a file or a line that is not of that form.
         """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UserError(f"the event log cannot be read: {problem}", file=str(path), right=_RIGHT) from None
+        if not lines:
+            raise UserError("the event log is empty", file=str(path), right=_RIGHT)
         log = cls()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
+                record = _mapping(json.loads(line))
                 if number == 1:
-                    log.header = dict(record)
+                    log.header = record
                     continue
                 for event in record["events"]:
-                    log.saw(event)
-                log.decided(float(record["at"]), record["decision"])
+                    log.saw(_mapping(event))
+                if "decision" in record:
+                    log.decided(float(record["at"]), _mapping(record["decision"]))
             except (ValueError, KeyError, TypeError) as problem:
                 raise UserError(
-                    f"not an event log entry: {problem}",
-                    file=str(path),
-                    line=number,
-                    right="use a file that `run` wrote",
-                ) from problem
+                    f"not an event log entry: {problem}", file=str(path), line=number, right=_RIGHT
+                ) from None
         return log
+
+
+_RIGHT = "use a file that `run` wrote"
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is not a mapping")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def search(
         wave: candidates simulated between two prunings.
 
     Raises:
-        UserError: if nothing can run, with the refusal that is nearest to running.
+        UserError: if nothing can run, with the first reasons and the nearest changes.
     """
     able, rejected = _sift(domain, job, cluster)
     if not able:

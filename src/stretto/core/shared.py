@@ -49,10 +49,10 @@ class SharedDevice:
         try:
             await self._clock.wait(done, f"{label} executes")
         except asyncio.CancelledError:
+            self._catch_up()
             if self._waiting.pop(task, None) is not None:
-                self._catch_up()
                 self._fluid.cancel(task)
-                self._arm()
+            self._arm()
             raise
 
     def _catch_up(self) -> None:

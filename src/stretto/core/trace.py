@@ -288,7 +288,7 @@ class Trace:
         return found
 
     def overlaps(self) -> list[tuple[int, int]]:
-        """Pairs of rows that hold one lane at the same time; empty in a lawful trace of exclusive lanes."""
+        """Pairs of rows, neighbours by start on one lane, that hold it at the same time; none in a lawful trace."""
         s = self.spans
         order = np.lexsort((s.finish, s.start, s.lane))
         before, after = order[:-1], order[1:]

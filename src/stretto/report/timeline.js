@@ -83,7 +83,7 @@
   }
 
   function bars(spans, first, last, top, size, phaseNames) {
-    // Bars narrower than a pixel are merged into one of the same colour.
+    // Of bars that would fall into one pixel only the first is drawn.
     let drawnTo = -1;
     for (let i = firstEndingAfter(spans.finish, first, last, view.from); i < last && spans.start[i] <= view.to; i++) {
       const left = Math.max(LABEL, x(spans.start[i])), right = Math.max(x(spans.finish[i]), left + 0.6);
@@ -127,10 +127,11 @@
     const span = view.to - view.from, raw = span / 8, base = 10 ** Math.floor(Math.log10(raw));
     const tick = [1, 2, 5, 10].map(k => k * base).find(k => k >= raw);
     const digits = Math.max(0, -Math.floor(Math.log10(tick)));
-    for (let t = Math.ceil(view.from / tick) * tick; t <= view.to; t += tick) {
-      if (x(t) < LABEL) continue;
+    const first = Math.ceil(view.from / tick), last = Math.min(Math.floor(view.to / tick), first + 20);
+    for (let number = first; number <= last; number++) {
+      const t = number * tick;
       context.globalAlpha = 1;
-      context.fillText(`${t.toFixed(digits)} s`, x(t) + 3, 15);
+      context.fillText(`${t.toFixed(Math.min(digits, 20))} s`, x(t) + 3, 15);
       context.globalAlpha = 0.25;
       context.fillRect(x(t), 0, 1, height);
     }
@@ -213,7 +214,9 @@
   });
   canvas.addEventListener("wheel", e => {
     e.preventDefault();
-    const at = time(e.clientX - canvas.getBoundingClientRect().left), factor = Math.exp(Math.sign(e.deltaY) * 0.25);
+    const at = time(e.clientX - canvas.getBoundingClientRect().left), wanted = Math.exp(Math.sign(e.deltaY) * 0.25);
+    const span = view.to - view.from, least = Math.max(end, Math.abs(at)) * 1e-9, most = end * 100;
+    const factor = Math.min(most, Math.max(least, span * wanted)) / span;
     view.from = at + (view.from - at) * factor;
     view.to = at + (view.to - at) * factor;
     draw();

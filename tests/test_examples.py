@@ -1,0 +1,121 @@
+"""What the documents and example files say holds: files load, code compiles, commands and options exist, jobs plan."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+import stretto
+from stretto.cli.app import app
+from stretto.core.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+CLUSTERS = sorted((ROOT / "clusters").glob("*.yaml"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def name(value: object) -> str:
+    return value.name if isinstance(value, Path) else str(value)
+
+
+YAML_BLOCKS = [
+    pytest.param(text, id=f"{document.name} {number}")
+    for document in DOCUMENTS
+    for number, text in enumerate(blocks(document, "yaml"))
+    if "kind" in yaml.safe_load(text)
+]
+PYTHON_BLOCKS = blocks(ROOT / "README.md", "python")
+COMMAND_LINES = [
+    line
+    for text in blocks(ROOT / "README.md", "sh")
+    for line in text.splitlines()
+    if line.split("#")[0].split()[:1] == ["stretto"]
+]
+
+
+def test_there_are_examples() -> None:
+    assert JOBS
+    assert CLUSTERS
+    assert YAML_BLOCKS
+    assert PYTHON_BLOCKS
+    assert len(COMMAND_LINES) >= 4
+
+
+@pytest.mark.parametrize("file", JOBS, ids=name)
+def test_jobs_load(file: Path) -> None:
+    assert stretto.load(file).kind == yaml.safe_load(file.read_text())["kind"]
+
+
+@pytest.mark.parametrize("file", CLUSTERS, ids=name)
+def test_clusters_load(file: Path) -> None:
+    cluster = stretto.load_cluster(file)
+    assert cluster.name == file.stem
+    assert cluster.devices()
+
+
+@pytest.mark.parametrize("text", YAML_BLOCKS)
+def test_jobs_in_documents_load(text: str, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(text, encoding="utf-8")
+    assert stretto.load(tmp_path / "job.yaml").kind == yaml.safe_load(text)["kind"]
+
+
+@pytest.mark.parametrize("text", PYTHON_BLOCKS)
+def test_python_in_the_readme_uses_what_exists(text: str) -> None:
+    compile(text, "README.md", "exec")
+    used = set(re.findall(r"\bst\.(\w+)", text))
+    assert used
+    assert [name for name in used if not hasattr(stretto, name)] == []
+    assert used <= set(stretto.__all__)
+    for file in re.findall(r'"([\w/]+\.yaml)"', text):
+        assert (ROOT / file).exists()
+
+
+def parse(line: str) -> dict[str, Any]:
+    """The values of a command line, parsed by the product's own parser and not run."""
+    _, command, *arguments = shlex.split(line, comments=True)
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands[command].make_context(command, arguments).params)
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_command_lines_in_the_readme_parse(line: str) -> None:
+    values = parse(line)
+    assert "as_json" in values
+    for value in values.values():
+        if isinstance(value, Path) and value.parts[0] in ("jobs", "clusters"):
+            assert (ROOT / value).exists()
+
+
+def test_a_command_line_with_a_wrong_option_would_be_noticed() -> None:
+    with pytest.raises(Exception, match="No such option: --tops"):
+        parse("stretto plan jobs/quickstart.yaml --tops 3")
+    with pytest.raises(KeyError):
+        parse("stretto train jobs/quickstart.yaml")
+
+
+@pytest.mark.parametrize("file", JOBS, ids=name)
+def test_jobs_plan_on_a_node_of_eight(file: Path) -> None:
+    ranking = stretto.plan(stretto.load(file), on=ROOT / "clusters" / "8xa100.yaml")
+    throughput = ranking.weighed[0].prediction.metrics["throughput"].value
+    assert 0 < throughput.low <= throughput.value <= throughput.high < float("inf")
+    trace = stretto.simulate(ranking.best)
+    assert trace.makespan > 0
+    assert trace.overlaps() == []
+
+
+def test_a_name_that_does_not_exist_is_not_found() -> None:
+    assert not hasattr(stretto, "conduct")
+    with pytest.raises(UserError, match="no such file"):
+        stretto.load(ROOT / "jobs" / "no-such-job.yaml")
