@@ -91,7 +91,7 @@ class EventLog:
                     continue
                 for event in record["events"]:
                     log.saw(_mapping(event))
-                if "decision" in record:
+                if number < len(lines) or "at" in record:
                     log.decided(float(record["at"]), _mapping(record["decision"]))
             except (ValueError, KeyError, TypeError) as problem:
                 raise UserError(
