@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from stretto.core.errors import UserError
 from stretto.models.chat import render_chat
@@ -22,8 +23,9 @@ TEXTS = [
     "Z\u00fcrich na\u00efve \u2014 \u201cquotes\u201d \u4f60\u597d\uff0c\u4e16 \u0645\u0631\u062d\u0628",
     "\U0001f600\U0001f469\u200d\U0001f469\u200d\U0001f467 e\u0301 \u00e9 \x00 \ufffd",
     "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>x<|im_",
-    "I'll we've DON'T 'tis \u00bd x\u00b2 \u0661\u0662\u0663 12a34",
+    "I'll we've DON'T 'tis 12a34",
 ]
+NUMBERS = "\u00bd x\u00b2 \u0661\u0662\u0663 12a34, \u00be cup"
 TALK = [
     {"role": "user", "content": "What is 2+2?"},
     {"role": "assistant", "content": "4"},
@@ -49,6 +51,13 @@ def test_ids_and_texts_are_those_of_transformers(tokenizer: Tokenizer, peer: Any
         ids = tokenizer.encode(text)
         assert ids == peer.encode(text), text
         assert tokenizer.decode(ids, skip_special=False) == peer.decode(ids, skip_special_tokens=False)
+    # transformers' reading of a GGUF leaves out the rule by which SmolLM splits each number sign (visible where one
+    # is no ASCII digit), so it is put back before it is asked.
+    peer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    for text in (*TEXTS, NUMBERS):
+        assert tokenizer.encode(text) == peer.encode(text), text
     for reply in (True, False):
         assert tokenizer.chat(TALK, reply=reply) == peer.apply_chat_template(
             TALK, tokenize=False, add_generation_prompt=reply
