@@ -12,7 +12,7 @@ import typer
 import yaml
 
 import stretto
-from stretto.cli.app import app
+from stretto.cli import application
 from stretto.core.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,7 @@ def test_python_in_the_readme_uses_what_exists(text: str) -> None:
 def parse(line: str) -> dict[str, Any]:
     """The values of a command line, parsed by the product's own parser and not run."""
     _, command, *arguments = shlex.split(line, comments=True)
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(application())
     return dict(group.commands[command].make_context(command, arguments).params)
 
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from stretto.core.errors import UserError
+
+if TYPE_CHECKING:
+    import typer
+
+
+def application() -> typer.Typer:
+    """The typer application with all of its commands; each file adds its own when it is imported."""
+    from stretto.cli import plan, probe, run, simulate  # noqa: F401
+    from stretto.cli.app import app
+
+    return app
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    from stretto.cli.app import app
-
     try:
-        app()
+        application()()
     except UserError as mistake:
         sys.stderr.write(f"stretto: {mistake}\n")
         raise SystemExit(2) from None

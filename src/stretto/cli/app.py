@@ -75,6 +75,3 @@ def progress_bar(*, quiet: bool) -> Iterator[ProgressCallback]:
             bar.update(tasks[what], completed=done, total=total or None)
 
         yield show
-
-
-from stretto.cli import plan, probe, run, simulate  # noqa: E402, F401 - each file adds its command to `app`
