@@ -1,6 +1,6 @@
 // Attention of single new tokens over a paged KV cache: one online softmax for each row and KV head, over the block table as it
 // is, so nothing is gathered, padded or masked. The order of every sum depends on the row's own length alone, never on who else
-// shares the batch. One thread: reading keys and values at the memory's full bandwidth takes no more.
+// shares the batch, nor on the number of threads: one row and KV head is always one thread's work.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -9,103 +9,22 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
+#include "levels.hpp"
+#include "simd.hpp"
+#include "team.hpp"
+
 namespace nb = nanobind;
+using namespace stretto;
 
 namespace {
 
-#define STRETTO_INLINE inline __attribute__((always_inline))
-
 constexpr int kBlock = 64;       // scores held at once; a multiple of every number of lanes
 constexpr int kMostQueries = 4;  // queries of one KV head that share a read of its keys
-
-// Vectors of L floats, as wide as the registers of a level: 16 for AVX-512, 8 for AVX2, 4 for any x86-64 and arm64.
-template <int L>
-struct Types;
-#define STRETTO_TYPES(L)                                          \
-    template <>                                                   \
-    struct Types<L> {                                             \
-        typedef float Vector __attribute__((vector_size(4 * L))); \
-        typedef int32_t Integers __attribute__((vector_size(4 * L))); \
-        typedef uint32_t Words __attribute__((vector_size(4 * L))); \
-        typedef uint16_t Halves __attribute__((vector_size(2 * L))); \
-    };
-STRETTO_TYPES(16)
-STRETTO_TYPES(8)
-STRETTO_TYPES(4)
-
-template <int L>
-struct Simd {
-    using Vector = typename Types<L>::Vector;
-    using Integers = typename Types<L>::Integers;
-    using Words = typename Types<L>::Words;
-    using Halves = typename Types<L>::Halves;
-
-    static STRETTO_INLINE Vector load(const float *p) {
-        Vector v;
-        std::memcpy(&v, p, sizeof v);
-        return v;
-    }
-
-    static STRETTO_INLINE Vector load(const uint16_t *p) {
-        Halves h;
-        std::memcpy(&h, p, sizeof h);
-        const Words w = __builtin_convertvector(h, Words) << 16;
-        Vector v;
-        std::memcpy(&v, &w, sizeof v);
-        return v;
-    }
-
-    // Lane t of the result is the sum of the lanes of v[t]: a tree in which each level halves the number of vectors.
-    static STRETTO_INLINE Vector sums(Vector (&v)[L]) {
-        halve<L / 2>(v);
-        return v[0];
-    }
-
-    template <int Distance>
-    static STRETTO_INLINE void halve(Vector (&v)[L]) {
-        Integers from, to;
-#pragma GCC unroll 16
-        for (int lane = 0; lane < L; lane++) {
-            from[lane] = lane & Distance ? L + lane : lane;
-            to[lane] = from[lane] ^ Distance;
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < Distance; t++) {
-            v[t] = __builtin_shuffle(v[t], v[t + Distance], from) + __builtin_shuffle(v[t], v[t + Distance], to);
-        }
-        if constexpr (Distance > 1) halve<Distance / 2>(v);
-    }
-
-    static STRETTO_INLINE float sum(Vector v) {
-        float total = 0.0f;
-        for (int lane = 0; lane < L; lane++) total += v[lane];
-        return total;
-    }
-
-    // e^x for x <= 0: 2^n times a polynomial (coefficients of the Cephes library's expf), relative error under 2e-7.
-    static STRETTO_INLINE Vector exponential(Vector x) {
-        const Vector lowest = Vector{} - 87.0f;
-        x = x < lowest ? lowest : x;
-        const Vector scaled = x * 1.44269504088896341f - 0.5f;
-        const Integers n = __builtin_convertvector(scaled, Integers);  // towards zero, so to the nearest for x <= 0
-        const Vector whole = __builtin_convertvector(n, Vector);
-        const Vector r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-        Vector y = Vector{} + 1.9875691500e-4f;
-        y = y * r + 1.3981999507e-3f;
-        y = y * r + 8.3334519073e-3f;
-        y = y * r + 4.1665795894e-2f;
-        y = y * r + 1.6666665459e-1f;
-        y = y * r + 5.0000001201e-1f;
-        y = y * r * r + r + 1.0f;
-        const Integers power = (n + 127) << 23;
-        Vector factor;
-        std::memcpy(&factor, &power, sizeof factor);
-        return y * factor;
-    }
-};
+constexpr int64_t kShared = 512; // tokens of all rows and KV heads below which a second thread costs more than it saves
 
 struct Call {
     const void *query;     // [rows, heads, D], `row_stride` elements from row to row
@@ -115,20 +34,36 @@ struct Call {
     int64_t table_width;
     const int64_t *length;  // [rows], at least 1
     void *out;              // [rows, heads, D]
-    int64_t rows, kv_heads, group, page_tokens;
+    int64_t rows, kv_heads, group, page_tokens, dim;
+    bool is_bf16;
 };
 
-    static STRETTO_INLINE void store(float *p, float value) { *p = value; }
+// Asks for one token's DIM elements ahead of their use: runs are too short for the hardware to see them coming.
+template <int DIM, typename T>
+STRETTO_INLINE void fetch(const T *p) {
+    for (int byte = 0; byte < static_cast<int>(DIM * sizeof(T)); byte += 64) __builtin_prefetch(reinterpret_cast<const char *>(p) + byte);
+}
 
-STRETTO_INLINE void store(uint16_t *p, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits += 0x7FFFu + ((bits >> 16) & 1u);  // to the nearest, ties to even
-    *p = static_cast<uint16_t>(bits >> 16);
+// Where this thread reads keys after those before position `at`: further on in the row, or else at its next head's start.
+template <typename T, int DIM>
+STRETTO_INLINE const T *next_keys(const Call &call, const T *keys, int64_t row, int64_t head, int64_t at) {
+    const int64_t *table = call.table + row * call.table_width;
+    if (at >= call.length[row]) {
+        at = 0;
+        head++;
+        if (head == call.kv_heads) {
+            if (row + 1 == call.rows) return keys;
+            head = 0;
+            table += call.table_width;
+        }
+    }
+    const int64_t offset = at % call.page_tokens, page = table[at / call.page_tokens];
+    return static_cast<const T *>(call.cache) + ((page * 2 * call.kv_heads + head) * call.page_tokens + offset) * DIM;
 }
 
 // QUERIES queries of one row that share KV head `head`; `first` is the number of the first of them in the row.
-template <typename T, int DIM, int QUERIES, int LANES>
+// With DOTS, bf16 queries and keys are multiplied as they are, in pairs, into fp32 sums.
+template <typename T, int DIM, int QUERIES, int LANES, bool DOTS>
 STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t first) {
     using S = Simd<LANES>;
     using Vector = typename S::Vector;
@@ -143,8 +78,11 @@ STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t 
     float most[QUERIES], total[QUERIES];
     alignas(64) float score[QUERIES][kBlock];
     for (int g = 0; g < QUERIES; g++) {
+        if constexpr (DOTS) {
+            for (int j = 0; j < kParts / 2; j++) std::memcpy(&q[g][j], query + g * DIM + 2 * j * LANES, sizeof q[g][j]);
+        }
         for (int j = 0; j < kParts; j++) {
-            q[g][j] = S::load(query + g * DIM + j * LANES) * scale;
+            if constexpr (!DOTS) q[g][j] = S::load(query + g * DIM + j * LANES);
             mixed[g][j] = Vector{};
         }
         most[g] = -std::numeric_limits<float>::infinity();
@@ -158,21 +96,34 @@ STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t 
         const T *keys = cache + ((page * heads + head) * page_tokens + offset) * DIM;
         const T *values = cache + ((page * heads + call.kv_heads + head) * page_tokens + offset) * DIM;
 
+        const T *next = next_keys<T, DIM>(call, keys, row, head, at + count);
+
         const int padded = (count + LANES - 1) / LANES * LANES;
         for (int i = 0; i < padded; i += LANES) {
             Vector dots[QUERIES][LANES];
             for (int t = 0; t < LANES; t++) {
-                const T *key = keys + std::min(i + t, count - 1) * DIM;
+                const int token = std::min(i + t, count - 1);
+                const T *key = keys + token * DIM;
+                fetch<DIM>(values + token * DIM);
                 Vector k[kParts];
-                for (int j = 0; j < kParts; j++) k[j] = S::load(key + j * LANES);
-                for (int g = 0; g < QUERIES; g++) {
-                    Vector dot = q[g][0] * k[0];
-                    for (int j = 1; j < kParts; j++) dot += q[g][j] * k[j];
-                    dots[g][t] = dot;
+                if constexpr (DOTS) {
+                    for (int j = 0; j < kParts / 2; j++) std::memcpy(&k[j], key + 2 * j * LANES, sizeof k[j]);
+                    for (int g = 0; g < QUERIES; g++) {
+                        Vector dot{};
+                        for (int j = 0; j < kParts / 2; j++) dot = S::add_bf16_pairs(dot, q[g][j], k[j]);
+                        dots[g][t] = dot;
+                    }
+                } else {
+                    for (int j = 0; j < kParts; j++) k[j] = S::load(key + j * LANES);
+                    for (int g = 0; g < QUERIES; g++) {
+                        Vector dot = q[g][0] * k[0];
+                        for (int j = 1; j < kParts; j++) dot += q[g][j] * k[j];
+                        dots[g][t] = dot;
+                    }
                 }
             }
             for (int g = 0; g < QUERIES; g++) {
-                const Vector found = S::sums(dots[g]);
+                const Vector found = S::sums(dots[g]) * scale;
                 std::memcpy(&score[g][i], &found, sizeof found);
             }
         }
@@ -192,6 +143,7 @@ STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t 
             for (int j = 0; j < kParts; j++) mixed[g][j] *= shrink;
         }
         for (int i = 0; i < count; i++) {
+            fetch<DIM>(next + i * DIM);
             for (int j = 0; j < kParts; j++) {
                 const Vector v = S::load(values + i * DIM + j * LANES);
                 for (int g = 0; g < QUERIES; g++) mixed[g][j] += v * score[g][i];
@@ -210,83 +162,89 @@ STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t 
     }
 }
 
-template <typename T, int DIM, int LANES>
-STRETTO_INLINE void attend_all(const Call &call) {
-    for (int64_t row = 0; row < call.rows; row++) {
-        for (int64_t head = 0; head < call.kv_heads; head++) {
-            for (int64_t done = 0; done < call.group;) {
-                const int64_t first = head * call.group + done, left = call.group - done;
-                const int queries = static_cast<int>(left < kMostQueries ? left : kMostQueries);
-                switch (queries) {
-                    case 1: attend<T, DIM, 1, LANES>(call, row, head, first); break;
-                    case 2: attend<T, DIM, 2, LANES>(call, row, head, first); break;
-                    case 3: attend<T, DIM, 3, LANES>(call, row, head, first); break;
-                    default: attend<T, DIM, 4, LANES>(call, row, head, first); break;
-                }
-                done += queries;
-            }
+template <typename T, int DIM, int LANES, bool DOTS>
+STRETTO_INLINE void attend_head(const Call &call, int64_t row, int64_t head) {
+    for (int64_t done = 0; done < call.group;) {
+        const int64_t first = head * call.group + done, left = call.group - done;
+        const int queries = static_cast<int>(left < kMostQueries ? left : kMostQueries);
+        switch (queries) {
+            case 1: attend<T, DIM, 1, LANES, DOTS>(call, row, head, first); break;
+            case 2: attend<T, DIM, 2, LANES, DOTS>(call, row, head, first); break;
+            case 3: attend<T, DIM, 3, LANES, DOTS>(call, row, head, first); break;
+            default: attend<T, DIM, 4, LANES, DOTS>(call, row, head, first); break;
         }
+        done += queries;
     }
 }
 
-template <typename T, int LANES>
-STRETTO_INLINE void attend_dim(const Call &call, int64_t dim) {
-    switch (dim) {
-        case 16: return attend_all<T, 16, LANES>(call);
-        case 32: return attend_all<T, 32, LANES>(call);
-        case 64: return attend_all<T, 64, LANES>(call);
-        case 80: return attend_all<T, 80, LANES>(call);
-        case 96: return attend_all<T, 96, LANES>(call);
-        case 128: return attend_all<T, 128, LANES>(call);
-        default: throw std::invalid_argument("head_dim " + std::to_string(dim) + " has no kernel");
+template <typename T, int LANES, bool DOTS>
+STRETTO_INLINE void attend_dim(const Call &call, int64_t row, int64_t head) {
+    switch (call.dim) {
+        case 16: return attend_head<T, 16, LANES, false>(call, row, head);
+        case 32: return attend_head<T, 32, LANES, DOTS>(call, row, head);
+        case 64: return attend_head<T, 64, LANES, DOTS>(call, row, head);
+        case 80: return attend_head<T, 80, LANES, false>(call, row, head);
+        case 96: return attend_head<T, 96, LANES, DOTS>(call, row, head);
+        case 128: return attend_head<T, 128, LANES, DOTS>(call, row, head);
     }
 }
 
-template <int LANES>
-STRETTO_INLINE void attend_type(const Call &call, int64_t dim, bool is_bf16) {
-    if (is_bf16) {
-        attend_dim<uint16_t, LANES>(call, dim);
+template <int LANES, bool DOTS>
+STRETTO_INLINE void attend_type(const Call &call, int64_t row, int64_t head) {
+    if (call.is_bf16) {
+        attend_dim<uint16_t, LANES, DOTS>(call, row, head);
     } else {
-        attend_dim<float, LANES>(call, dim);
+        attend_dim<float, LANES, false>(call, row, head);
     }
 }
 
-#if defined(__x86_64__)
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) void attend_avx512(const Call &c, int64_t d, bool b) {
-    attend_type<16>(c, d, b);
-}
-__attribute__((target("avx2,fma"))) void attend_avx2(const Call &c, int64_t d, bool b) {
-    attend_type<8>(c, d, b);
-}
-#endif
-void attend_plain(const Call &c, int64_t d, bool b) { attend_type<4>(c, d, b); }
+using Head = void (*)(const Call &, int64_t row, int64_t head);
 
-std::string best_level() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        return "avx512";
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+STRETTO_TARGET_AVX512 void attend_avx512bf16(const Call &c, int64_t r, int64_t h) { attend_type<16, true>(c, r, h); }
+STRETTO_TARGET_AVX512 void attend_avx512(const Call &c, int64_t r, int64_t h) { attend_type<16, false>(c, r, h); }
+STRETTO_TARGET_AVX2 void attend_avx2(const Call &c, int64_t r, int64_t h) { attend_type<8, false>(c, r, h); }
 #endif
-    return "plain";
-}
+void attend_plain(const Call &c, int64_t r, int64_t h) { attend_type<4, false>(c, r, h); }
 
-void decode_attention(const std::string &level, uintptr_t query, int64_t row_stride, uintptr_t cache, uintptr_t table,
-                      int64_t table_width, uintptr_t length, uintptr_t out, int64_t rows, int64_t kv_heads,
-                      int64_t group, int64_t page_tokens, int64_t dim, bool is_bf16) {
-    const Call call{reinterpret_cast<const void *>(query),  row_stride,
-                    reinterpret_cast<const void *>(cache),  reinterpret_cast<const int64_t *>(table),
-                    table_width,                            reinterpret_cast<const int64_t *>(length),
-                    reinterpret_cast<void *>(out),          rows,
-                    kv_heads,                               group,
-                    page_tokens};
-    nb::gil_scoped_release release;
+Head kernel(const std::string &level) {
 #if defined(__x86_64__)
-    if (level == "avx512") return attend_avx512(call, dim, is_bf16);
-    if (level == "avx2") return attend_avx2(call, dim, is_bf16);
+    if (level == "avx512bf16") return attend_avx512bf16;
+    if (level == "avx512") return attend_avx512;
+    if (level == "avx2") return attend_avx2;
 #endif
-    if (level == "plain") return attend_plain(call, dim, is_bf16);
+    if (level == "plain") return attend_plain;
     throw std::invalid_argument("level " + level + " is not known here");
+}
+
+bool has_kernel(int64_t dim) { return dim == 16 || dim == 32 || dim == 64 || dim == 80 || dim == 96 || dim == 128; }
+
+void decode_attention(const std::string &level, int threads, uintptr_t query, int64_t row_stride, uintptr_t cache,
+                      uintptr_t table, int64_t table_width, uintptr_t length, uintptr_t out, int64_t rows,
+                      int64_t kv_heads, int64_t group, int64_t page_tokens, int64_t dim, bool is_bf16) {
+    const Call call{reinterpret_cast<const void *>(query),
+                    row_stride,
+                    reinterpret_cast<const void *>(cache),
+                    reinterpret_cast<const int64_t *>(table),
+                    table_width,
+                    reinterpret_cast<const int64_t *>(length),
+                    reinterpret_cast<void *>(out),
+                    rows,
+                    kv_heads,
+                    group,
+                    page_tokens,
+                    dim,
+                    is_bf16};
+    const Head attend = kernel(level);
+    if (!has_kernel(dim)) throw std::invalid_argument("head_dim " + std::to_string(dim) + " has no kernel");
+    nb::gil_scoped_release release;
+    const int64_t tokens = std::accumulate(call.length, call.length + rows, int64_t{0});
+    const bool small = tokens * kv_heads < kShared;
+    // Neighbouring heads to one thread, so that what it asked for ahead is its own; heads one by one where rows are too few.
+    const int64_t heads = rows >= 4 * threads ? kv_heads : 1;
+    share(small ? 1 : threads, rows * kv_heads / heads, [&](int64_t item) {
+        for (int64_t i = item * heads; i < (item + 1) * heads; i++) attend(call, i / kv_heads, i % kv_heads);
+    });
 }
 
 }  // namespace

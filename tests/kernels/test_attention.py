@@ -63,6 +63,15 @@ def test_a_row_is_the_same_in_any_batch(dtype: torch.dtype) -> None:
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_threads_do_not_change_a_bit(rows: int) -> None:
+    torch.set_num_threads(max(2, torch.get_num_threads()))
+    query, layer, tables, lengths = case(rows, 3, 3, 64, 64, torch.bfloat16, 400)
+    alone = decode_attention(query, layer, tables, lengths, threads=1)
+    for threads in (2, 3):
+        assert torch.equal(decode_attention(query, layer, tables, lengths, threads=threads), alone)
+
+
 def test_what_has_no_kernel_is_refused() -> None:
     query, layer, tables, lengths = case(1, 1, 1, 48, 8, torch.float32, 8)
     with pytest.raises(ValueError, match="head_dim 48"):

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
-LEVELS = ("avx512", "avx2", "plain")
-_BEST = _native.best_level()
+LEVELS = ("avx512bf16", "avx512", "avx2", "plain")
+BEST_LEVEL = _native.best_level()
 
 
 def decode_attention(
@@ -26,7 +26,8 @@ def decode_attention(
     tables: torch.Tensor,
     lengths: torch.Tensor,
     *,
-    level: str = _BEST,
+    threads: int = 1,
+    level: str = BEST_LEVEL,
 ) -> torch.Tensor:
     """Mix the values of each row's context.
 
@@ -35,6 +36,7 @@ def decode_attention(
         layer: one layer of a KV cache, of the same type, contiguous [pages, 2 * kv_heads, page_tokens, head_dim].
         tables: int64 [rows, most pages], each row's pages in order; entries past its length are ignored.
         lengths: int64 [rows], at least 1: tokens of the context, the new one included.
+        threads: how many of torch's threads share the rows; the result does not depend on it.
         level: the instructions to use; the best of this machine by default.
 
     Returns:
@@ -45,6 +47,7 @@ def decode_attention(
     out = query.new_empty(rows, heads * dim)
     _native.decode_attention(
         level,
+        threads,
         query.data_ptr(),
         query.stride(0),
         layer.data_ptr(),

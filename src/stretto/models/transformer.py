@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
 from stretto.core.errors import UserError
 from stretto.kernels.attention import HEAD_DIMS, decode_attention, decode_attention_reference
+from stretto.kernels.elementwise import gated_silu, rotate, scatter
 from stretto.models.batching import Decode, PassPlan, Prefill, Segment, plan_pass
 from stretto.models.kv_cache import KVCache
 from stretto.models.linear import linear_map
@@ -80,8 +81,9 @@ class Transformer:
 
         Args:
             tokens: int64 [T], the segments' new tokens one after another.
-            segments: which rows belong to which sequence; prompts, chunks of prompts and single tokens may
-            mix. cache: where each sequence's earlier tokens are. timer: called after every section.
+            segments: which rows belong to which sequence; prompts, chunks of prompts and single tokens may mix.
+            cache: where each sequence's earlier tokens are, of the model's type.
+            timer: called after every section.
 
         Returns:
             fp32 logits [wanted rows, vocab], in the order of the segments.
@@ -138,11 +140,11 @@ class Transformer:
             self._norm_heads(heads[:, :turned], layer.qk_norm)
             if timer:
                 timer("norm_qk")
-        _rotate(heads[:, :turned], turns)
+        threads = torch.get_num_threads()
+        rotate(heads[:, :turned], turns, threads=threads)
         if timer:
             timer("rope")
-        new = heads[:, spec.heads :]
-        cache.flat[index].index_copy_(0, plan.writes, new.reshape(-1, spec.head_dim).to(cache.dtype))
+        scatter(heads[:, spec.heads :], cache.flat[index], plan.writes, threads=threads)
         if timer:
             timer("kv_write")
         mixed = self._attention(index, heads, plan, cache, timer)
@@ -159,7 +161,7 @@ class Transformer:
         both = layer.gate_up(normed)
         if timer:
             timer("gate_up")
-        active = silu(both[:, : spec.ffn]).mul_(both[:, spec.ffn :])
+        active = gated_silu(both, threads=threads)
         if timer:
             timer("activation")
         added = layer.down(active)
@@ -202,8 +204,9 @@ class Transformer:
 
     def _decode(self, rows: torch.Tensor, layer: torch.Tensor, call: Decode) -> torch.Tensor:
         """One row a sequence, [rows, Q, D]: by the kernel, or where it has none for this width, by its reference."""
-        attend = decode_attention if self.spec.head_dim in HEAD_DIMS else decode_attention_reference
-        return attend(rows, layer, call.tables, call.lengths)
+        if self.spec.head_dim in HEAD_DIMS:
+            return decode_attention(rows, layer, call.tables, call.lengths, threads=torch.get_num_threads())
+        return decode_attention_reference(rows, layer, call.tables, call.lengths)
 
     def _prefill(self, index: int, heads: torch.Tensor, call: Prefill, cache: KVCache) -> torch.Tensor:
         """The rows of one prompt: against each other, or as a chunk against what is cached and each other."""
@@ -224,14 +227,6 @@ class Transformer:
             enable_gqa=True,
         )
         return mixed[0].transpose(0, 1).reshape(call.last - call.first, spec.q_width)
-
-
-def _rotate(heads: torch.Tensor, turns: torch.Tensor) -> None:
-    """Turn each pair of neighbours of [T, heads, D] in place by complex turns [T, 1, D / 2]."""
-    wide = heads.float()
-    torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(turns)
-    if wide is not heads:
-        heads.copy_(wide)
 
 
 def rope_frequencies(spec: ModelSpec, divisors: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,0 +1,147 @@
+// What a decoder layer does between its products, one pass over the data each: rotary positions, writing keys and values into the
+// cache, the gated activation. Rows are independent, and large calls are shared among threads row by row.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "levels.hpp"
+#include "simd.hpp"
+#include "team.hpp"
+
+namespace nb = nanobind;
+using namespace stretto;
+
+namespace {
+
+constexpr int64_t kShared = 1 << 13;  // elements below which a second thread costs more than it saves
+
+STRETTO_INLINE float widened(float x) { return x; }
+
+STRETTO_INLINE float widened(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+struct Rotation {
+    void *heads;          // [rows, count, dim], `row_stride` elements from row to row; turned in place
+    int64_t row_stride;
+    const float *turns;   // [rows, dim]: cosine and sine of each pair
+    int64_t count, dim;
+};
+
+template <typename T, int LANES>
+STRETTO_INLINE void rotate_row(const Rotation &call, int64_t row) {
+    using S = Simd<LANES>;
+    T *head = static_cast<T *>(call.heads) + row * call.row_stride;
+    const float *turns = call.turns + row * call.dim;
+    typename S::Integers even, odd, partner, negative;
+    for (int lane = 0; lane < LANES; lane++) {
+        even[lane] = lane & ~1;
+        odd[lane] = lane | 1;
+        partner[lane] = lane ^ 1;
+        negative[lane] = lane & 1 ? 0 : INT32_MIN;
+    }
+    for (int64_t h = 0; h < call.count; h++, head += call.dim) {
+        int64_t i = 0;
+        for (; i + LANES <= call.dim; i += LANES) {
+            const auto turn = S::load(turns + i);
+            const auto x = S::load(head + i);
+            const auto sine = S::flip(__builtin_shuffle(turn, odd), negative);
+            S::store(head + i, x * __builtin_shuffle(turn, even) + __builtin_shuffle(x, partner) * sine);
+        }
+        for (; i < call.dim; i += 2) {
+            const float x = widened(head[i]), y = widened(head[i + 1]);
+            store(head + i, x * turns[i] - y * turns[i + 1]);
+            store(head + i + 1, y * turns[i] + x * turns[i + 1]);
+        }
+    }
+}
+
+struct Activation {
+    const void *both;  // [rows, 2 * width]: gates, then what they let through
+    void *out;         // [rows, width]
+    int64_t width;
+};
+
+template <typename T, int LANES>
+STRETTO_INLINE void gate_row(const Activation &call, int64_t row) {
+    using S = Simd<LANES>;
+    const T *gate = static_cast<const T *>(call.both) + row * 2 * call.width, *up = gate + call.width;
+    T *out = static_cast<T *>(call.out) + row * call.width;
+    const auto one = typename S::Vector{} + 1.0f;
+    int64_t i = 0;
+    for (; i + LANES <= call.width; i += LANES) {
+        const auto g = S::load(gate + i);
+        const auto e = S::exponential(g < 0.0f ? g : -g);  // never above 1, so nothing overflows
+        S::store(out + i, g * (g < 0.0f ? e : one) / (e + 1.0f) * S::load(up + i));
+    }
+    for (; i < call.width; i++) {
+        const float g = widened(gate[i]);
+        store(out + i, g / (1.0f + std::exp(-g)) * widened(up[i]));
+    }
+}
+
+#define STRETTO_LEVELS(NAME, ROW, CALL)                                                                        \
+    template <int LANES>                                                                                       \
+    STRETTO_INLINE void NAME##_type(const CALL &call, int64_t row, bool is_bf16) {                             \
+        is_bf16 ? ROW<uint16_t, LANES>(call, row) : ROW<float, LANES>(call, row);                              \
+    }                                                                                                          \
+    STRETTO_X86(STRETTO_TARGET_AVX512 void NAME##_avx512(const CALL &c, int64_t row, bool b) { NAME##_type<16>(c, row, b); }) \
+    STRETTO_X86(STRETTO_TARGET_AVX2 void NAME##_avx2(const CALL &c, int64_t row, bool b) { NAME##_type<8>(c, row, b); })      \
+    void NAME##_plain(const CALL &c, int64_t row, bool b) { NAME##_type<4>(c, row, b); }                       \
+    auto NAME##_of(const std::string &level) {                                                                 \
+        STRETTO_X86(if (level == "avx512bf16" || level == "avx512") return NAME##_avx512;)                     \
+        STRETTO_X86(if (level == "avx2") return NAME##_avx2;)                                                  \
+        if (level == "plain") return NAME##_plain;                                                             \
+        throw std::invalid_argument("level " + level + " is not known here");                                  \
+    }
+
+STRETTO_LEVELS(rotate, rotate_row, Rotation)
+STRETTO_LEVELS(gate, gate_row, Activation)
+
+int team(int threads, int64_t elements) { return elements < kShared ? 1 : threads; }
+
+void rotate(const std::string &level, int threads, uintptr_t heads, int64_t row_stride, uintptr_t turns, int64_t rows,
+            int64_t count, int64_t dim, bool is_bf16) {
+    const Rotation call{reinterpret_cast<void *>(heads), row_stride, reinterpret_cast<const float *>(turns), count, dim};
+    const auto work = rotate_of(level);
+    nb::gil_scoped_release release;
+    share(team(threads, rows * count * dim), rows, [&](int64_t row) { work(call, row, is_bf16); });
+}
+
+void gated_silu(const std::string &level, int threads, uintptr_t both, uintptr_t out, int64_t rows, int64_t width,
+                bool is_bf16) {
+    const Activation call{reinterpret_cast<const void *>(both), reinterpret_cast<void *>(out), width};
+    const auto work = gate_of(level);
+    nb::gil_scoped_release release;
+    share(team(threads, rows * width), rows, [&](int64_t row) { work(call, row, is_bf16); });
+}
+
+// Copies each of [rows, count] runs of `bytes` bytes to run `to` of a cache.
+void scatter(int threads, uintptr_t from, int64_t row_stride, uintptr_t cache, uintptr_t to, int64_t rows, int64_t count,
+             int64_t bytes) {
+    const char *source = reinterpret_cast<const char *>(from);
+    char *target = reinterpret_cast<char *>(cache);
+    const int64_t *places = reinterpret_cast<const int64_t *>(to);
+    nb::gil_scoped_release release;
+    share(team(threads, rows * count * bytes / 2), rows, [&](int64_t row) {
+        for (int64_t i = 0; i < count; i++) {
+            std::memcpy(target + places[row * count + i] * bytes, source + row * row_stride + i * bytes, bytes);
+        }
+    });
+}
+
+}  // namespace
+
+void bind_elementwise(nb::module_ &m) {
+    m.def("rotate", &rotate);
+    m.def("gated_silu", &gated_silu);
+    m.def("scatter", &scatter);
+}
