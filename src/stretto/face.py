@@ -70,7 +70,7 @@ def run(chosen: Plan[Any, Any], *, ctx: Context | None = None) -> Result:
     result = domain_of(chosen.kind).run(chosen, context)
     if context.output is None:
         return result
-    notes = [f"plan: {chosen.choices}", f"forecast assumed: {result.forecast.assumed}"]
+    notes = [f"plan: {chosen.choices}", f"forecast assumed: {result.forecast.assumed}", *result.remarks]
     written = write_report(
         [result.predicted, result.measured],
         context.output,

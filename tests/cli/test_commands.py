@@ -189,6 +189,28 @@ def test_ctrl_c_ends_with_what_is_done(cache: Path, planned: tuple[Path, Any], t
     assert (tmp_path / "out" / "timeline.html").exists()
 
 
+def test_ctrl_c_while_planning_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(LONG)
+    started = subprocess.Popen(
+        command("plan", "job.yaml", "--save", "plan.yaml"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )
+    try:
+        time.sleep(4.0)
+        started.send_signal(signal.SIGINT)
+        _, errors = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert started.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "interrupted" in errors
+    assert not (tmp_path / "plan.yaml").exists()
+
+
 def test_the_same_from_python(
     cache: Path, planned: tuple[Path, Any], ran: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stretto.core.errors import UserError
 
@@ -20,9 +21,15 @@ def application() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    """Run the command line; a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         application()()
     except UserError as mistake:
         sys.stderr.write(f"stretto: {mistake}\n")
         raise SystemExit(2) from None
+
+
+def _interrupted(signum: int, frame: Any) -> None:
+    sys.stderr.write("stretto: interrupted\n")
+    raise SystemExit(128 + signum)

@@ -92,6 +92,7 @@ def result_data(result: Result) -> dict[str, Any]:
         "outputs": list(result.outputs),
         "plan": plan_data(result.plan),
         "interrupted": result.interrupted,
+        "remarks": list(result.remarks),
         "files": dict(result.files),
     }
 
@@ -115,6 +116,8 @@ def _show(result: Result) -> None:
     table.add_section()
     table.add_row("total", "", f"{total.predicted_s:.3f} s", f"{total.measured_s:.3f} s", f"{total.error:+.1%}")
     console.print(table)
+    for remark in result.remarks:
+        console.print(remark, highlight=False)
     if result.interrupted:
         console.print("interrupted: the answers above are what was done so far")
     for kind, path in result.files.items():

@@ -104,6 +104,7 @@ class Result:
         forecast: what was said before the run, with its assumptions.
         comparison: predicted beside measured, by phase.
         interrupted: whether it was stopped early; outputs hold what was done.
+        remarks: what a reader of the comparison should know, a sentence each.
         files: reports written, by kind.
     """
 
@@ -114,6 +115,7 @@ class Result:
     forecast: Prediction
     comparison: Comparison
     interrupted: bool = False
+    remarks: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -2,9 +2,8 @@
 whatever the hash seed.
 
 asyncio's own C tasks and futures run on it, so code under test is the code that ships. What would bring back
-the real world
-raises: sockets, threads, executors, `time.*` and `socket` called from product code. When nothing is ready and
-no timer is left, the run is stuck, and `Deadlock` names every labelled wait.
+the real world raises: sockets, threads, executors, `time.*` and `socket` called from product code. When nothing
+is ready and no timer is left, the run is stuck, and `Deadlock` names every labelled wait.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,16 +37,17 @@ DISTURBED = 1.25
 Progress = Callable[[str, float, float], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """One pass of the grid: new and cached tokens of each of its sequences."""
-
-    new: tuple[int, ...]
-    cached: tuple[int, ...]
-
-    @property
-    def shape(self) -> PassShape:
-        return PassShape(new_tokens=self.new, cached=self.cached)
+USUAL_PASSES: Sequence[tuple[PassShape, float]] = tuple(
+    (PassShape(new_tokens=new, cached=cached), 1.0)
+    for new, cached in (((1,) * 8, (256,) * 8), ((1,), (256,)), ((128,), (0,)))
+)
+"""What `pace` tries where nobody says which passes matter: shapes, and how often each occurs."""
+REFERENCE = PassShape(new_tokens=(1,) * 4, cached=(SHORT_CONTEXT,) * 4)
+"""Timed between any two points of the grid: how its seconds vary is how the machine's pace varies."""
+TOLERANCE = 0.08
+"""Tables stand for a machine whose pace differs by no more than this; it is part of their spread."""
+PACE_S, PACE_ROUNDS = 0.6, 60
+"""A pace is the mean over about so many seconds and at most so many rounds."""
 
 
 def pass_signature(spec: ModelSpec, dtype: str) -> str:
@@ -68,38 +68,57 @@ def calibrate(model: Model, *, threads: int, progress: Progress = lambda what, d
     """
     compute(_set_threads, threads)
     spec = model.spec
-    points = [p for p in _grid() if max(n + c for n, c in zip(p.new, p.cached, strict=True)) <= spec.max_positions]
+    points = [p for p in _grid() if _within(p, spec.max_positions) == p]
     cache = compute(_filled_cache, model)
     samples: dict[str, dict[tuple[float, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
     what = f"measuring {model.dtype} on {threads} thread{'s' if threads > 1 else ''}"
+    reference = []
     for number, point in enumerate(points):
         for seconds in _timed(model, cache, point):
             _note(samples, spec, model.dtype, point, seconds)
+        reference += [compute(_run, model, cache, REFERENCE)[""] for _ in range(2)]
         progress(what, number + 1, len(points))
-    return {f"{name}@{threads}": _table(name, found) for name, found in samples.items()}
+    moves = TOLERANCE + _variation(reference)
+    return {f"{name}@{threads}": _table(name, found, moves) for name, found in samples.items()}
 
 
-def drift(model: Model, tables: Mapping[str, Table], *, threads: int) -> float:
-    """How much slower (positive) or faster a few passes are now than `tables` say, as a share; well under a second."""
+def pace(
+    model: Model,
+    tables: Mapping[str, Table],
+    *,
+    threads: int,
+    passes: Sequence[tuple[PassShape, float]] = USUAL_PASSES,
+) -> float:
+    """How many times as long as `tables` say passes take at this moment: 1.1 is a machine ten per cent slower.
+
+    Args:
+        passes: shapes to try, each with how often it occurs; contexts beyond 2,000 tokens are tried at 2,000.
+    """
     compute(_set_threads, threads)
     cache = compute(_filled_cache, model)
-    ratios = []
-    for point in (_Point((1,) * 8, _ragged(256, 8)), _Point((1,), (256,)), _Point((128,), (0,))):
-        said = sum(
-            tables[f"{op.signature}@{threads}"].at(*op.at).value * op.count
-            for op in model.spec.operations(point.shape, dtype=model.dtype)
-        )
-        own = tables[f"{pass_signature(model.spec, model.dtype)}@{threads}"]
-        said += own.at(float(point.shape.rows)).value
-        ratios.append(float(np.median([seconds[""] for seconds in _timed(model, cache, point)])) / said)
-    return float(np.median(ratios)) - 1.0
+    shapes = [_within(shape, cache.page_tokens) for shape, _ in passes]
+    times = [often for _, often in passes]
+    rounds: list[list[float]] = []
+    spent = 0.0
+    while len(rounds) < 2 or (spent < PACE_S and len(rounds) < PACE_ROUNDS):
+        rounds.append([compute(_run, model, cache, shape)[""] for shape in shapes])
+        spent += sum(rounds[-1])
+    said = [_said(model, tables, threads, shape) for shape in shapes]
+    return float(np.dot(np.mean(rounds[1:], axis=0), times) / np.dot(said, times))
+
+
+def _said(model: Model, tables: Mapping[str, Table], threads: int, shape: PassShape) -> float:
+    """Seconds of a pass by the tables."""
+    own = tables[f"{pass_signature(model.spec, model.dtype)}@{threads}"].at(float(shape.rows)).value
+    operations = model.spec.operations(shape, dtype=model.dtype)
+    return own + sum(tables[f"{op.signature}@{threads}"].at(*op.at).value * op.count for op in operations)
 
 
 def warm_up(model: Model) -> None:
     """Two small passes on made-up tokens, so that the first real one does not pay for lazy set-up."""
     cache = model.transformer.new_cache(pages=2, page_tokens=32)
-    for point in (_Point((16,), (0,)), _Point((1, 1), (16, 12))):
-        compute(_run, model, cache, point)
+    for new, cached in (((16,), (0,)), ((1, 1), (16, 12))):
+        compute(_run, model, cache, PassShape(new_tokens=new, cached=cached))
 
 
 def _set_threads(threads: int) -> None:
@@ -108,16 +127,22 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _grid() -> Iterator[_Point]:
+def _grid() -> Iterator[PassShape]:
     for rows in DECODE_ROWS:
         for context in DECODE_CONTEXTS.get(rows, (SHORT_CONTEXT,)):
-            yield _Point((1,) * rows, _ragged(context, rows))
+            yield PassShape(new_tokens=(1,) * rows, cached=_ragged(context, rows))
     for new, cached in PREFILL_CACHED.items():
         for before in cached:
-            yield _Point((new,), (before,))
+            yield PassShape(new_tokens=(new,), cached=(before,))
 
 
-def _timed(model: Model, cache: KVCache, point: _Point) -> Iterator[dict[str, float]]:
+def _within(shape: PassShape, most: int) -> PassShape:
+    """The shape with contexts cut so that each sequence fits in `most` tokens."""
+    new = tuple(min(n, most) for n in shape.new_tokens)
+    return PassShape(new_tokens=new, cached=tuple(min(c, most - n) for n, c in zip(new, shape.cached, strict=True)))
+
+
+def _timed(model: Model, cache: KVCache, point: PassShape) -> Iterator[dict[str, float]]:
     """Seconds by section of some passes, after one that is not counted unless a pass is long."""
     spent = 0.0
     first = compute(_run, model, cache, point)
@@ -149,12 +174,12 @@ def _filled_cache(model: Model) -> KVCache:
     return cache
 
 
-def _run(model: Model, cache: KVCache, point: _Point) -> dict[str, float]:
+def _run(model: Model, cache: KVCache, point: PassShape) -> dict[str, float]:
     """Run one pass; seconds by section, and of the whole under ""."""
     import torch
 
     segments, row = [], 0
-    for slot, (new, cached) in enumerate(zip(point.new, point.cached, strict=True)):
+    for slot, (new, cached) in enumerate(zip(point.new_tokens, point.cached, strict=True)):
         segments.append(Segment(row, new, cached, (slot,), 1))
         row += new
     tokens = torch.arange(row, dtype=torch.int64) % min(1000, model.spec.vocab)
@@ -177,21 +202,22 @@ def _note(
     samples: dict[str, dict[tuple[float, ...], list[float]]],
     spec: ModelSpec,
     dtype: str,
-    point: _Point,
+    point: PassShape,
     seconds: Mapping[str, float],
 ) -> None:
     """File one timed pass under the signatures of its operations; what belongs to none is the pass's own."""
     left = seconds[""]
-    for op in spec.operations(point.shape, dtype=dtype):
+    for op in spec.operations(point, dtype=dtype):
         spent = seconds.get(op.name, 0.0)
         left -= spent
-        if op.name == "attention_decode" and len(point.new) not in DECODE_CONTEXTS:
+        if op.name == "attention_decode" and len(point.new_tokens) not in DECODE_CONTEXTS:
             continue  # a row of the table needs more than one context
         samples[op.signature][op.at].append(max(spent / op.count, 1e-9))
-    samples[pass_signature(spec, dtype)][(float(sum(point.new)),)].append(max(left, 1e-9))
+    samples[pass_signature(spec, dtype)][(float(point.rows),)].append(max(left, 1e-9))
 
 
-def _table(name: str, found: Mapping[tuple[float, ...], Sequence[float]]) -> Table:
+def _table(name: str, found: Mapping[tuple[float, ...], Sequence[float]], moves: float) -> Table:
+    """A table whose spread is that of its samples, and how far the machine's pace moves besides."""
     points = sorted(found)
     values = [_typical(found[p]) for p in points]
     spreads = [_spread(found[p]) for p in points]
@@ -202,7 +228,7 @@ def _table(name: str, found: Mapping[tuple[float, ...], Sequence[float]]) -> Tab
         values=tuple(values),
         scale="log",
         beyond="slope" if len(axes) == 2 else "proportional",
-        spread=float(np.median(spreads)),
+        spread=float(np.median(spreads)) + moves,
         source="measured here by calibrate",
     )
 
@@ -216,3 +242,9 @@ def _typical(samples: Sequence[float]) -> float:
 def _spread(samples: Sequence[float]) -> float:
     low, middle, high = np.quantile(samples, [0.25, 0.5, 0.75])
     return float((high - low) / middle)
+
+
+def _variation(reference: Sequence[float]) -> float:
+    """How far one and the same pass strays from its median, as a share: eight of ten stray no further."""
+    low, middle, high = np.quantile(reference, [0.1, 0.5, 0.9])
+    return float(max(high / middle, middle / low) - 1.0)

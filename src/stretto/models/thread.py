@@ -1,10 +1,9 @@
 """The one thread of this process in which models compute.
 
 OpenMP keeps a team of helpers for every thread that ever computed something, and libgomp stops spinning at
-barriers as soon
-as it manages more threads than there are cores: a second computing thread makes every pass of a small model
-take 1.8 times as long (seen: 3.6 s instead of 2.0 s for 96 steps). So loading, calibrating and serving all
-happen here, whoever asks.
+barriers as soon as it manages more threads than there are cores: a second computing thread makes every pass of
+a small model take 1.8 times as long (seen: 3.6 s instead of 2.0 s for 96 steps). So loading, calibrating and
+serving all happen here, whoever asks.
 """
 
 from __future__ import annotations

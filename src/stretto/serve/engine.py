@@ -1,9 +1,9 @@
 """The serving engine: asks the scheduler, awaits the backend, hands out tokens. It holds no policy and no tensors.
 
 The same lines run on the real clock with the model and on virtual time with its simulated twin; every event
-that the scheduler saw is logged, so a run can be replayed decision by decision. A backend that crashes or
-does not answer in time is wiped and
-the live requests are recomputed from their tokens: none is lost, doubled or given a token twice.
+that the scheduler saw is logged, so a run can be replayed decision by decision. A backend that crashes or does
+not answer in time is wiped and the live requests are recomputed from their tokens: none is lost, doubled or
+given a token twice.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """What serving must have measured on this machine before it can plan: the model's operations and the engine's
 host work.
 
-Measured once for each type, number of threads and model, kept in the user's cache folder, and checked again
-by a few passes
-when it has grown old: a shared machine is not as fast every day, and a stale table would make every
-prediction wrong alike.
+Measured once for each type, number of threads and model, kept in the user's cache folder, and checked again by
+a few passes when it has grown old: a shared machine is not as fast every day, and a stale table would make
+every prediction wrong alike.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from stretto.serve.workload import Workload
 
 FRESH_S = 60.0
 """Tables younger than this are believed; older ones are checked against a few passes first."""
-TOLERANCE = 0.08
-"""Older tables are measured anew when the checking passes differ by more than this."""
 
 Tables = dict[str, Table]
 
@@ -58,13 +55,17 @@ def _tables(
     if dtype not in models:
         models[dtype] = load_model(job.model, dtype=dtype, threads=threads)
     model = models[dtype]
-    if cached is not None and abs(model_calibration.drift(model, cached, threads=threads)) < TOLERANCE:
+    if cached is not None and _holds(model, cached, threads):
         file.touch()
         return cached
     tables = model_calibration.calibrate(model, threads=threads, progress=progress)
     tables |= host_calibration.calibrate(model.spec, model.tokenizer, job.sampling, threads=threads)
     _write(file, tables)
     return tables
+
+
+def _holds(model: Model, tables: Tables, threads: int) -> bool:
+    return abs(model_calibration.pace(model, tables, threads=threads) - 1.0) < model_calibration.TOLERANCE
 
 
 def _file(job: ServeJob, cluster: Cluster, dtype: str, threads: int) -> Path:

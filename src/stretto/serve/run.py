@@ -13,8 +13,10 @@ from stretto.core.eventlog import EventLog
 from stretto.core.plan import Context, Plan, Prediction, Result
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
-from stretto.models.calibrate import warm_up
+from stretto.hardware.device import Device
+from stretto.models.calibrate import TOLERANCE, is_calibrated, pace, warm_up
 from stretto.models.load import Model, load_model
+from stretto.models.passes import PassShape
 from stretto.serve.engine import Engine, Handle
 from stretto.serve.job import ServeJob
 from stretto.serve.local import LocalBackend
@@ -92,15 +94,18 @@ async def _watch(engine: Engine, clock: RealClock, job: ServeJob, ctx: Context) 
 def run(plan: Plan[ServeJob, ServePlan], work: Workload, forecast: Prediction, ctx: Context) -> Result:
     """Load the model, serve the job, and re-simulate it with the lengths that came out.
 
-    With `ctx.output`, the event log is written there as `events.jsonl`.
+    Straight before and straight after the run, some passes on made-up tokens tell the machine's pace, and the
+    re-simulation plays at the mean of the two. With `ctx.output`, the event log is written there as `events.jsonl`.
     """
     model = load_model(plan.job.model, dtype=plan.choices.dtype, threads=plan.choices.threads)
     warm_up(model)
-    served = serve(model, plan.job, plan.choices, work, ctx)
-    measured = served.recorder.trace()
     device = plan.cluster.device(plan.choices.device)
+    before = pace_of(model, plan.choices, work, device)
+    served = serve(model, plan.job, plan.choices, work, ctx)
+    after = before if served.interrupted else pace_of(model, plan.choices, work, device)
+    measured = served.recorder.trace()
     lengths = [max(1, len(answer.tokens)) for answer in served.answers]
-    predicted = play(plan.choices, work, device, lengths).trace
+    predicted = play(plan.choices, work, device.at_pace((before + after) / 2), lengths).trace
     files = {}
     if ctx.output is not None:
         path = ctx.output / EVENT_LOG
@@ -114,8 +119,34 @@ def run(plan: Plan[ServeJob, ServePlan], work: Workload, forecast: Prediction, c
         forecast=forecast,
         comparison=predicted.compare(measured),
         interrupted=served.interrupted,
+        remarks=_remarks(before, after),
         files=files,
     )
+
+
+def pace_of(model: Model, plan: ServePlan, work: Workload, device: Device) -> float:
+    """How many times as long as the device's tables say the plan's own passes take now; 1 without tables.
+
+    Some tenths of a second; the passes run on made-up tokens, never on the job's.
+    """
+    if not is_calibrated(device.measured, work.spec, plan.dtype, plan.threads):
+        return 1.0
+    count, slots = len(work.prompts), min(plan.slots, len(work.prompts))
+    prompt = round(sum(map(len, work.prompts)) / count)
+    decode = PassShape(new_tokens=(1,) * slots, cached=(prompt + work.limit // 2,) * slots)
+    prefill = PassShape(new_tokens=(max(2, min(prompt, plan.prefill_tokens)),), cached=(0,))
+    passes = ((decode, work.limit * count / slots), (prefill, count * max(1.0, prompt / plan.prefill_tokens)))
+    return pace(model, device.measured, threads=plan.threads, passes=passes)
+
+
+def _remarks(before: float, after: float) -> tuple[str, ...]:
+    remarks = [
+        f"passes tried just before and just after the run took {before:.2f} and {after:.2f} times what the tables "
+        f"say; the prediction plays at {(before + after) / 2:.2f}"
+    ]
+    if abs(after / before - 1.0) > TOLERANCE:
+        remarks.append("this machine's pace changed while the job ran, which no forecast can know")
+    return tuple(remarks)
 
 
 def _outputs(job: ServeJob, answers: Sequence[Answer]) -> list[dict[str, Any]]:

@@ -1,0 +1,71 @@
+"""What calibration makes of timed passes; the passes themselves are timed by the command-line tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from stretto.hardware.device import Device  # noqa: E402
+from stretto.hardware.table import Table  # noqa: E402
+from stretto.models import calibrate  # noqa: E402
+from stretto.models.load import Model, load_model  # noqa: E402
+from stretto.models.passes import PassShape  # noqa: E402
+
+DECODE = PassShape(new_tokens=(1, 1), cached=(8, 8))
+PROMPT = PassShape(new_tokens=(12,), cached=(0,))
+
+
+@pytest.fixture(scope="module")
+def model(packaged: Path) -> Model:
+    return load_model(str(packaged), threads=1)
+
+
+def tables_of(model: Model, seconds: float) -> dict[str, Table]:
+    """Tables in which every operation and the pass itself take `seconds`, whatever their size."""
+    found = {}
+    for shape in (DECODE, PROMPT):
+        for op in model.spec.operations(shape, dtype=model.dtype):
+            axes = tuple(f"axis{i}" for i in range(len(op.at)))
+            found[f"{op.signature}@1"] = Table(axes=axes, points=(op.at,), values=(seconds,), beyond="constant")
+    own = Table(axes=("rows",), points=((1.0,),), values=(seconds,), beyond="constant")
+    return found | {f"{calibrate.pass_signature(model.spec, model.dtype)}@1": own}
+
+
+def counted(model: Model, shape: PassShape) -> int:
+    return 1 + sum(op.count for op in model.spec.operations(shape, dtype=model.dtype))
+
+
+def test_pace_weighs_passes_by_how_often_they_occur(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {DECODE: 0.3, PROMPT: 0.9}
+    monkeypatch.setattr(calibrate, "_run", lambda _, cache, shape: {"": took[shape]})
+    tables = tables_of(model, 1e-3)
+    found = calibrate.pace(model, tables, threads=1, passes=[(DECODE, 10.0), (PROMPT, 1.0)])
+    said = 1e-3 * (10 * counted(model, DECODE) + counted(model, PROMPT))
+    assert found == pytest.approx((10 * 0.3 + 0.9) / said)
+
+
+def test_a_device_at_half_the_pace_takes_twice_as_long(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_run", lambda _, cache, shape: {"": 0.5})
+    device = Device(name="x", kind="cpu", memory_bytes=1, bandwidth=1, peak_flops={}, measured=tables_of(model, 1e-3))
+    slow = device.at_pace(2.0)
+    paces = [calibrate.pace(model, d.measured, threads=1, passes=[(DECODE, 1.0)]) for d in (device, slow)]
+    assert paces[0] == pytest.approx(2 * paces[1])
+    with pytest.raises(ValueError, match="factor"):
+        device.at_pace(0.0)
+
+
+def test_contexts_beyond_the_cache_are_cut_to_fit() -> None:
+    assert calibrate._within(PassShape(new_tokens=(5, 1), cached=(90, 3)), 50) == PassShape(
+        new_tokens=(5, 1), cached=(45, 3)
+    )
+
+
+def test_spread_counts_the_samples_and_the_machine() -> None:
+    steady = calibrate._variation([1.0] * 10)
+    assert steady == 0.0
+    assert calibrate._variation([1.0, 1.0, 1.0, 2.0, 2.0]) == pytest.approx(1.0)
+    table = calibrate._table("matmul/x", {(1.0,): [1.0, 1.0], (2.0,): [2.0, 2.0]}, moves=0.25)
+    assert table.spread == pytest.approx(0.25)
