@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <new>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -28,6 +29,11 @@ template <typename T> struct HugePages {
         return static_cast<T *>(at);
     }
     void deallocate(T *at, size_t) { std::free(at); }
+    // Numbers start out as they are found: a column that is written whole need not be cleared first.
+    template <typename U> void construct(U *at) noexcept { ::new (static_cast<void *>(at)) U; }
+    template <typename U, typename... Args> void construct(U *at, Args &&...args) {
+        ::new (static_cast<void *>(at)) U(std::forward<Args>(args)...);
+    }
     template <typename U> bool operator==(const HugePages<U> &) const { return true; }
     template <typename U> bool operator!=(const HugePages<U> &) const { return false; }
 };

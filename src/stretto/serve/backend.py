@@ -36,11 +36,28 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
-    """All rows of one pass; `prefill` rows first, then the ones that decode."""
+    """All rows of one pass; `prefill` rows first, then the ones that decode.
+
+    Attributes:
+        step: its number.
+        moves: slots to copy before anything else, one after another: (from, to).
+        slots: the contiguous range [low, high) of slots whose every row is computed, holes included; None: the
+            pass computes its own rows alone, by their block tables.
+    """
 
     step: int
     prefill: tuple[Row, ...]
     decode: tuple[Row, ...]
+    moves: tuple[tuple[int, int], ...] = ()
+    slots: tuple[int, int] | None = None
+
+    @property
+    def holes(self) -> int:
+        """Rows of the range that belong to nobody."""
+        if self.slots is None:
+            return 0
+        low, high = self.slots
+        return high - low - len({row.table[0] for row in (*self.prefill, *self.decode)})
 
     @property
     def phase(self) -> str:
