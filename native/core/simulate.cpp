@@ -3,8 +3,8 @@
 //   play_events: pools that pick among ready tasks, and resources shared by way of `Fluid`; a loop over instants.
 // An instant may have several rounds: all finishes that are due apply (by id), then what is ready starts, and tasks of no
 // length finish in the next round of the same instant.
-#include "columns.hpp"
 #include "fluid.hpp"
+#include "static_pass.hpp"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -22,7 +22,7 @@ namespace nb = nanobind;
 
 namespace {
 
-using stretto::Column;
+using namespace stretto;
 
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Longs = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -34,20 +34,6 @@ template <typename T> nb::ndarray<nb::numpy, T, nb::ndim<1>> to_numpy(Column<T> 
     nb::capsule owner(kept, [](void *p) noexcept { delete static_cast<Column<T> *>(p); });
     return nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner);
 }
-
-// Rows of a ragged table: row i is index[ptr[i]] .. index[ptr[i + 1]].
-struct Ragged {
-    const int64_t *ptr;
-    const int32_t *index;
-};
-
-struct Graph {
-    int size;
-    const double *seconds;
-    Ragged lanes, after;
-    const int32_t *widths; // of each lane: 0 an ordered lane, else the slots of a pool
-    int num_lanes;
-};
 
 Graph graph_of(const Doubles &seconds, const Longs &lane_ptr, const Ints &lanes, const Longs &after_ptr,
                const Ints &after, const Ints &widths) {
@@ -68,138 +54,6 @@ std::vector<int32_t> lane_edges(const Graph &graph) {
     return previous;
 }
 
-struct Played {
-    Column<double> start, finish;
-    Column<int32_t> cause; // the task whose finish let this one start (-1: none); unplayed: what it waits for
-    Column<int32_t> order; // tasks in the order in which they were played
-    explicit Played(int size) : start(size_t(size)), finish(size_t(size)), cause(size_t(size), -1) {
-        order.reserve(size_t(size));
-    }
-};
-
-// Each lane knows its head, the next task in its order. A task is tried when it is at the head of all of its lanes; if a
-// dependency is missing it is parked there, and tried again when that is played. So each edge is looked at once.
-class StaticPass {
-  public:
-    explicit StaticPass(const Graph &graph)
-        : played(graph.size), graph_(graph), lanes_(size_t(graph.num_lanes)), seen_(size_t(graph.size)),
-          first_waiter_(size_t(graph.size), -1), next_waiter_(size_t(graph.size), -1) {
-        std::fill(played.finish.begin(), played.finish.end(), kUnplayed);
-        thread_lanes();
-    }
-
-    Played played;
-
-    void run() {
-        for (int task = 0; task < graph_.size; ++task) {
-            tried_.push_back(task);
-            while (!tried_.empty()) {
-                int next = tried_.back();
-                tried_.pop_back();
-                bool parked = played.cause[next] >= 0, done = played.finish[next] != kUnplayed;
-                if (!parked && !done && attempt(next)) wake(next);
-            }
-        }
-        if (int(played.order.size()) < graph_.size) blame_heads();
-    }
-
-  private:
-    static constexpr double kUnplayed = -1;
-
-    struct Lane {
-        int head = -1, last = -1; // the next task to be played on it, and the last one played
-        double free = 0;          // when that one finished
-    };
-
-    const Graph &graph_;
-    std::vector<Lane> lanes_;
-    Column<int32_t> next_on_lane_; // laid out as graph.lanes; -1: none
-    Column<int32_t> seen_;         // edges already found to be played: those of lanes first
-    Column<int32_t> first_waiter_, next_waiter_;
-    std::vector<int> tried_;
-
-    bool ordered(int lane) const { return graph_.widths[lane] == 0; }
-
-    void thread_lanes() {
-        next_on_lane_.assign(size_t(graph_.lanes.ptr[graph_.size]), -1);
-        std::vector<int64_t> last(size_t(graph_.num_lanes), -1);
-        for (int task = 0; task < graph_.size; ++task) {
-            for (int64_t at = graph_.lanes.ptr[task]; at < graph_.lanes.ptr[task + 1]; ++at) {
-                int lane = graph_.lanes.index[at];
-                if (!ordered(lane)) continue;
-                (last[lane] < 0 ? lanes_[lane].head : next_on_lane_[last[lane]]) = task;
-                last[lane] = at;
-            }
-        }
-    }
-
-    bool attempt(int task) {
-        const int32_t *lane = graph_.lanes.index + graph_.lanes.ptr[task];
-        const int32_t *after = graph_.after.index + graph_.after.ptr[task];
-        int lanes = int(graph_.lanes.ptr[task + 1] - graph_.lanes.ptr[task]);
-        int edges = lanes + int(graph_.after.ptr[task + 1] - graph_.after.ptr[task]);
-
-        int i = seen_[task];
-        for (; i < lanes; ++i) {
-            if (ordered(lane[i]) && lanes_[lane[i]].head != task) break;
-        }
-        if (i >= lanes) {
-            while (i < edges && played.finish[after[i - lanes]] != kUnplayed) ++i;
-        }
-        if (i < edges) {
-            seen_[task] = i;
-            if (i >= lanes) park(task, after[i - lanes]);
-            return false;
-        }
-        play(task, lane, lanes, after, edges - lanes);
-        return true;
-    }
-
-    void park(int task, int before) {
-        played.cause[task] = before;
-        next_waiter_[task] = std::exchange(first_waiter_[before], task);
-    }
-
-    void play(int task, const int32_t *lane, int lanes, const int32_t *after, int count) {
-        double start = 0;
-        int cause = -1;
-        auto wait = [&](int before, double finish) {
-            if (cause >= 0 && finish <= start) return;
-            start = finish;
-            cause = before;
-        };
-        for (int i = 0; i < lanes; ++i) {
-            if (ordered(lane[i]) && lanes_[lane[i]].last >= 0) wait(lanes_[lane[i]].last, lanes_[lane[i]].free);
-        }
-        for (int i = 0; i < count; ++i) wait(after[i], played.finish[after[i]]);
-        played.start[task] = start;
-        played.finish[task] = start + graph_.seconds[task];
-        played.cause[task] = cause;
-        played.order.push_back(task);
-    }
-
-    void wake(int task) {
-        for (int waiter = first_waiter_[task]; waiter >= 0; waiter = next_waiter_[waiter]) {
-            played.cause[waiter] = -1;
-            tried_.push_back(waiter);
-        }
-        for (int64_t at = graph_.lanes.ptr[task]; at < graph_.lanes.ptr[task + 1]; ++at) {
-            int lane = graph_.lanes.index[at];
-            if (!ordered(lane)) continue;
-            lanes_[lane] = {next_on_lane_[at], task, played.finish[task]};
-            if (next_on_lane_[at] >= 0) tried_.push_back(next_on_lane_[at]);
-        }
-    }
-
-    // There is a cycle: what was never at the head of its lanes waits, if not directly, for the task that is.
-    void blame_heads() {
-        for (int task = 0; task < graph_.size; ++task) {
-            if (played.finish[task] != kUnplayed || played.cause[task] >= 0) continue;
-            played.cause[task] = lanes_[graph_.lanes.index[graph_.lanes.ptr[task] + seen_[task]]].head;
-        }
-    }
-};
-
 // Use of shared resources: rows of (resource, amount over the task's life).
 struct Sharing {
     Ragged use;
@@ -211,7 +65,7 @@ class EventLoop {
   public:
     EventLoop(const Graph &graph, const uint8_t *by_priority, const double *priority, const Sharing &sharing,
               stretto::Fluid &fluid)
-        : played(graph.size), graph_(graph), priority_(priority), sharing_(sharing), fluid_(fluid),
+        : played(graph.size, 0), graph_(graph), priority_(priority), sharing_(sharing), fluid_(fluid),
           waits_for_(size_t(graph.size)), next_ptr_(size_t(graph.size) + 1) {
         for (int lane = 0; lane < graph.num_lanes; ++lane) {
             slots_.push_back(graph.widths[lane]);
@@ -396,6 +250,12 @@ Column<int32_t> slots(const double *start, const double *finish, size_t size) {
 using Result = std::tuple<nb::ndarray<nb::numpy, double, nb::ndim<1>>, nb::ndarray<nb::numpy, double, nb::ndim<1>>,
                           nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>, nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>>;
 
+template <typename Pass> Played play(const Graph &graph) {
+    Pass pass(graph);
+    pass.run();
+    return std::move(pass.played);
+}
+
 Result to_result(Played &&played) {
     return {to_numpy(std::move(played.start)), to_numpy(std::move(played.finish)), to_numpy(std::move(played.cause)),
             to_numpy(std::move(played.order))};
@@ -408,13 +268,11 @@ void bind_simulate(nb::module_ &m) {
         "play_static",
         [](Doubles seconds, Longs lane_ptr, Ints lanes, Longs after_ptr, Ints after, Ints widths) {
             Graph graph = graph_of(seconds, lane_ptr, lanes, after_ptr, after, widths);
-            auto pass = [&] {
+            Played played = [&] {
                 nb::gil_scoped_release release;
-                auto made = std::make_unique<StaticPass>(graph);
-                made->run();
-                return made;
+                return LanePass::takes(graph) ? play<LanePass>(graph) : play<StaticPass>(graph);
             }();
-            return to_result(std::move(pass->played));
+            return to_result(std::move(played));
         },
         nb::arg("seconds"), nb::arg("lane_ptr"), nb::arg("lanes"), nb::arg("after_ptr"), nb::arg("after"),
         nb::arg("widths"));

@@ -42,7 +42,8 @@ def random_timed(seed: int, *, size: int, pools: bool, sharing: bool) -> Timed:
     if pools:
         lanes += [schedule.pool(f"pool {at}", rng.randint(1, 3), rng.random() < 0.5) for at in range(rng.randint(1, 3))]
     lengths = [0.0, 1.0, 2.0] if not sharing and rng.random() < 0.5 else [0.0, rng.random(), 1 + rng.random()]
-    held = [rng.sample(lanes, rng.choice([0, 1, 1, 1, min(2, len(lanes)), len(lanes)])) for _ in range(size)]
+    counts = [1] if rng.random() < 0.4 else [0, 1, 1, 1, min(2, len(lanes)), len(lanes)]
+    held = [rng.sample(lanes, rng.choice(counts)) for _ in range(size)]
     order = insertion(rng, held, ordered)
     number = {task: at for at, task in enumerate(order)}
     for at, task in enumerate(order):
