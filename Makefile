@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-ALL := src tests benchmarks
+ALL := src tests benchmarks docs
 
 .PHONY: run test test-slow lint types format bench docs setup setup-dev clean sizes
 

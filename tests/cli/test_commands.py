@@ -27,6 +27,8 @@ slots: 2
 dtype: bf16
 threads: {THREADS}
 joining: continuous
+layout: pages
+instances: 1
 prompts:
   - What is the capital of France?
   - Name a colour.

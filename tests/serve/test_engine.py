@@ -4,6 +4,8 @@ bad days.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from stretto.core.eventlog import replay
 from stretto.core.faults import draw_faults
 from stretto.core.random import integers
+from stretto.serve.joining import JOININGS
 from stretto.serve.request import Request
 from stretto.serve.scheduler import Scheduler
 
@@ -133,20 +136,22 @@ asks_strategy = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(
     asks=asks_strategy,
-    joining=st.sampled_from(["continuous", "dynamic", "static"]),
+    joining=st.sampled_from(sorted(JOININGS)),
+    reorder=st.sampled_from([None, "eager", "threshold", "never"]),
     slots=st.integers(1, 5),
     page_tokens=st.sampled_from([1, 7, 100]),
     spare=st.integers(0, 40),
     prefill_tokens=st.integers(1, 64),
 )
 def test_any_load_under_any_policy_is_served_whole_and_replays(
-    asks: list[Ask], joining: str, slots: int, page_tokens: int, spare: int, prefill_tokens: int
+    asks: list[Ask], joining: str, reorder: str | None, slots: int, page_tokens: int, spare: int, prefill_tokens: int
 ) -> None:
-    pages = -(-100 // page_tokens) + spare
-    world = play(
-        asks,
-        config(joining=joining, slots=slots, pages=pages, page_tokens=page_tokens, prefill_tokens=prefill_tokens),
-    )
+    changes = {"joining": joining, "slots": slots, "prefill_tokens": prefill_tokens}
+    if reorder is None:
+        changes |= {"pages": -(-100 // page_tokens) + spare, "page_tokens": page_tokens}
+    else:
+        changes |= {"layout": "slots", "reorder": reorder, "pages": slots, "page_tokens": 100}
+    world = play(asks, config(**changes))
     assert_lawful(world, asks)
     again = replay(world.log, Scheduler(world.scheduler.config))
     assert again.equal, again.different[:1]
@@ -169,7 +174,11 @@ def bad_day(seed: int) -> tuple[list[Ask], World]:
         )
         for i in range(20)
     ]
-    settings_ = config(slots=1 + seed % 4, pages=40, page_tokens=(1, 8, 16)[seed % 3] * 8, prefill_tokens=24)
+    slots = 1 + seed % 4
+    settings_ = config(slots=slots, pages=40, page_tokens=(1, 8, 16)[seed % 3] * 8, prefill_tokens=24)
+    if seed % 2:
+        reorder = ("eager", "threshold", "never")[seed % 3]
+        settings_ = replace(settings_, layout="slots", reorder=reorder, pages=slots, page_tokens=256)
     faults = draw_faults(seed, count=3, calls=30, seconds=2.0)
     return asks, play(asks, settings_, faults=faults, step_timeout_s=60.0)
 

@@ -11,12 +11,12 @@ from stretto.core.eventlog import EventLog
 from stretto.core.faults import Fault, FaultInjector
 from stretto.core.record import Recorder
 from stretto.core.trace import Trace
-from stretto.serve.backend import Backend, Pass, PassResult
+from stretto.serve.backend import Backend, Pass, PassResult, Row
 from stretto.serve.engine import Engine
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
 from stretto.serve.scheduler import Scheduler, SchedulerConfig
-from stretto.serve.simulated import END, SimulatedBackend
+from stretto.serve.simulated import END, PassCost, SimulatedBackend
 
 
 class RoundCost:
@@ -27,6 +27,9 @@ class RoundCost:
 
     def decode_s(self, contexts: Sequence[int], steps: int) -> list[float]:
         return [1.0] * steps
+
+    def move_s(self, positions: int) -> float:
+        return 1e-6 * positions
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class World:
     scheduler: Scheduler
     failures: int
     injected: list[Fault] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
 
 
 class FaultyBackend:
@@ -66,6 +70,55 @@ class FaultyBackend:
         return await self._injector.call(lambda: self._inner.run(work, steps, news), self._inner.wipe)
 
     def wipe(self) -> None:
+        self._inner.wipe()
+
+    def forget(self, ids: Iterable[int]) -> None:
+        self._inner.forget(ids)
+
+
+class Ledger:
+    """A backend behind books of what each page holds: a row that would read what is not its own is an error.
+
+    Attributes:
+        held: what each (page, offset) holds: (request, position).
+        passes: all that were asked for.
+    """
+
+    def __init__(self, inner: Backend, page_tokens: int) -> None:
+        self._inner = inner
+        self._page_tokens = page_tokens
+        self.steps_at_once = inner.steps_at_once
+        self.held: dict[tuple[int, int], tuple[int, int]] = {}
+        self.passes: list[Pass] = []
+
+    async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
+        self.passes.append(work)
+        for source, target, positions in work.moves:
+            for offset in range(positions):
+                self.held[target, offset] = self.held[source, offset]
+        for row in (*work.prefill, *work.decode):
+            for position in range(row.start):
+                assert self.held[self._place(row.table, position)] == (row.id, position), (
+                    "a row reads what is not its own"
+                )
+            self._write(row, len(row.tokens))
+            if work.slots is not None:
+                assert work.slots[0] <= row.table[0] < work.slots[1], "a row lies outside the range"
+        result = await self._inner.run(work, steps, news)
+        if not work.prefill:
+            for row in work.decode:
+                self._write(row, result.steps)
+        return result
+
+    def _write(self, row: Row, count: int) -> None:
+        for position in range(row.start, row.start + count):
+            self.held[self._place(row.table, position)] = (row.id, position)
+
+    def _place(self, table: tuple[int, ...], position: int) -> tuple[int, int]:
+        return table[position // self._page_tokens], position % self._page_tokens
+
+    def wipe(self) -> None:
+        self.held.clear()
         self._inner.wipe()
 
     def forget(self, ids: Iterable[int]) -> None:
@@ -90,6 +143,7 @@ def play(
     faults: tuple[Fault, ...] = (),
     step_timeout_s: float | None = None,
     watch: Callable[[Engine], None] | None = None,
+    cost: PassCost | None = None,
 ) -> World:
     """Run `asks` to the end on virtual time."""
 
@@ -97,10 +151,9 @@ def play(
         scheduler, recorder, log = Scheduler(settings), Recorder("simulated"), EventLog()
         lengths = {i: ask.length for i, ask in enumerate(asks)}
         prompts = {i: ask.prompt for i, ask in enumerate(asks)}
-        backend: Backend = SimulatedBackend(RoundCost(), clock, lengths, prompts)
+        ledger = Ledger(SimulatedBackend(cost or RoundCost(), clock, lengths, prompts), settings.page_tokens)
         injector = FaultInjector(faults, clock)
-        if faults:
-            backend = FaultyBackend(backend, injector)
+        backend: Backend = FaultyBackend(ledger, injector) if faults else ledger
         engine = Engine(scheduler, backend, clock, recorder, step_timeout_s=step_timeout_s, log=log)
         running = asyncio.ensure_future(engine.run())
         handles = {}
@@ -121,7 +174,7 @@ def play(
         engine.close()
         await clock.wait(running, "the test waits for the engine")
         answers = {i: await handle.answer() for i, handle in handles.items()}
-        return World(answers, recorder.trace(), log, scheduler, engine.failures, injector.injected)
+        return World(answers, recorder.trace(), log, scheduler, engine.failures, injector.injected, ledger.passes)
 
     return simulate_async(main)
 

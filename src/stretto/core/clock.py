@@ -68,6 +68,10 @@ class RealClock(Clock):
     def now(self) -> float:
         return time.perf_counter() - self._start
 
+    def restart(self) -> None:
+        """From here on, this instant is 0."""
+        self._start = time.perf_counter()
+
     @property
     def is_virtual(self) -> bool:
         return False

@@ -18,9 +18,21 @@ from stretto.models.weights import Weights, gguf_weights, read_json, safetensors
 if TYPE_CHECKING:
     import torch
 
+    from stretto.models.shard import Shard
     from stretto.models.transformer import Transformer
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+ENVIRONMENT = {
+    # Read by torch at its first large allocation: with huge pages the weights stream 1.2 to 1.6 times as
+    # fast (31 against 23 GB/s in fp32, 35 against 21 in bf16 for the head) and are laid out in a third of
+    # the time.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # Read by OpenMP when torch is first imported. By default its threads spin so long at barriers that one busy
+    # neighbour makes every barrier take a time slice (1208 ms for a step of 47 ms, seen); 60,000 turns are under a
+    # millisecond, which covers the host's work between two passes (20,000 do not: steps took a quarter longer).
+    "GOMP_SPINCOUNT": "60000",
+}
+"""What a process that runs models wants in its environment before torch is imported, unless the user set it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +60,35 @@ class ModelFiles:
     weights: Weights
 
 
-def load_model(name_or_path: str, *, dtype: str = "fp32", threads: int | None = None) -> Model:
+def load_model(
+    name_or_path: str, *, dtype: str = "fp32", threads: int | None = None, shard: Shard | None = None
+) -> Model:
     """Load a model ready to run on this CPU.
 
     Args:
         name_or_path: "default", the path of a .gguf file or of a safetensors folder, or a Hugging Face id.
         dtype: "fp32" or "bf16".
         threads: CPU threads, which are set for the whole process as torch has one pool; all CPUs when None.
+        shard: the rank whose part is loaded; the whole model when None.
 
     Raises:
-        UserError: the model is not to be found, its files are damaged or of an unknown kind, or torch is
-        not installed.
+        UserError: the model is not to be found, its files are damaged or of an unknown kind, it has fewer KV heads
+        than there are ranks, or torch is not installed.
     """
     if dtype not in DTYPES:
         raise UserError(f"models do not run in {dtype!r}", field="dtype", right=f"one of {', '.join(DTYPES)}")
     if threads is not None and threads < 1:
         raise UserError(f"is {threads}", field="threads", right="at least 1, or none for all CPUs")
-    return compute(_load, name_or_path, dtype, threads or len(os.sched_getaffinity(0)))
+    return compute(_load, name_or_path, dtype, threads or len(os.sched_getaffinity(0)), shard)
 
 
-def _load(name_or_path: str, dtype: str, threads: int) -> Model:
+def _load(name_or_path: str, dtype: str, threads: int, shard: Shard | None) -> Model:
     torch_dtype = _torch_dtype(dtype)
     files = open_model(name_or_path)
 
     from stretto.models.transformer import build
 
-    transformer = build(files.spec, files.weights, dtype=torch_dtype, threads=threads)
+    transformer = build(files.spec, files.weights, dtype=torch_dtype, threads=threads, shard=shard)
     return Model(name_or_path, dtype, files.spec, files.tokenizer, transformer)
 
 
@@ -84,14 +99,8 @@ def open_model(name_or_path: str) -> ModelFiles:
 
 
 def _torch_dtype(dtype: str) -> torch.dtype:
-    # Read by torch at its first large allocation: with huge pages the weights stream 1.2 to 1.6 times as
-    # fast (31 against 23 GB/s in fp32, 35 against 21 in bf16 for the head) and are laid out in a third of
-    # the time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Read by OpenMP when torch is first imported. By default its threads spin so long at barriers that one busy
-    # neighbour makes every barrier take a time slice (1208 ms for a step of 47 ms, seen); 60,000 turns are under a
-    # millisecond, which covers the host's work between two passes (20,000 do not: steps took a quarter longer).
-    os.environ.setdefault("GOMP_SPINCOUNT", "60000")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         import torch
     except ImportError:

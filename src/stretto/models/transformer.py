@@ -6,6 +6,9 @@ of the product that follows; an RMS norm is x / hypot(|x|, sqrt(width * eps)), w
 rotary partners lie next to each other, so that a rotation is one complex product; the residual stream is
 fp32 whatever the type of the products.
 
+Split over ranks (`shard`), each computes its own heads, MLP columns and vocabulary with the embeddings and norms
+whole, and the ranks' sums are added onto the residual stream of each.
+
 Shapes: T rows of the pass, H hidden, Q and K query and KV heads, D head width, F MLP width.
 """
 
@@ -27,6 +30,7 @@ from stretto.models.batching import Decode, PassPlan, Prefill, Segment, plan_pas
 from stretto.models.kv_cache import KVCache
 from stretto.models.linear import linear_map
 from stretto.models.quantized import PackedTensor
+from stretto.models.shard import Shard
 from stretto.models.spec import ModelSpec
 from stretto.models.weights import ROPE_DIVISORS, Weights, query_key_order
 
@@ -34,7 +38,8 @@ if TYPE_CHECKING:
     from stretto.models.linear import LinearMap
 
 Timer = Callable[[str], None]
-"""Called at the end of each section with its name, as `ModelSpec.operations` names it; "plan" comes first."""
+"""Called at the end of each section with its name, as `ModelSpec.operations` names it; "plan" comes first,
+and "reduce" is the sum over the ranks, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,11 @@ class Transformer:
         layers: Sequence[_Layer],
         head: LinearMap,
         frequencies: torch.Tensor,
+        shard: Shard | None = None,
     ) -> None:
         self.spec = spec
+        self._shard = shard
+        self._part = _part(spec, shard)
         self.dtype = dtype
         self._embed = embed
         self._layers = layers
@@ -70,8 +78,8 @@ class Transformer:
         self._head_norm_floor = torch.tensor(math.sqrt(spec.head_dim * spec.norm_eps))
 
     def new_cache(self, *, pages: int, page_tokens: int) -> KVCache:
-        """An empty cache of this model's type."""
-        return KVCache(self.spec, pages=pages, page_tokens=page_tokens, dtype=self.dtype)
+        """An empty cache of this model's type, for the KV heads that are held here."""
+        return KVCache(self._part, pages=pages, page_tokens=page_tokens, dtype=self.dtype)
 
     @torch.inference_mode()
     def forward(
@@ -86,10 +94,12 @@ class Transformer:
             timer: called after every section.
 
         Returns:
-            fp32 logits [wanted rows, vocab], in the order of the segments.
+            fp32 logits [wanted rows, vocab], in the order of the segments. Split over ranks, rank 0 has them, and
+            any other the columns of its own part of the vocabulary.
 
         Raises:
             ValueError: rows, lengths or pages do not fit together.
+            RuntimeError: another rank is gone or silent.
         """
         plan = plan_pass(segments, cache)
         if len(tokens) != len(plan.positions):
@@ -114,7 +124,9 @@ class Transformer:
         logits = self._head(normed).float()
         if timer:
             timer("lm_head")
-        return logits
+        if self._shard is None:
+            return logits
+        return self._shard.gather(logits, self.spec.vocab)
 
     def _layer(
         self,
@@ -127,7 +139,7 @@ class Transformer:
         timer: Timer | None,
     ) -> None:
         """One layer, added onto the residual stream x [T, H] in place."""
-        spec = self.spec
+        spec = self._part
         turned = spec.heads + spec.kv_heads
 
         normed = self._norm(x)
@@ -151,7 +163,7 @@ class Transformer:
         added = layer.out(mixed)
         if timer:
             timer("out")
-        x.add_(added)
+        x.add_(self._sum(added, timer))
         if timer:
             timer("add_attention")
 
@@ -167,9 +179,18 @@ class Transformer:
         added = layer.down(active)
         if timer:
             timer("down")
-        x.add_(added)
+        x.add_(self._sum(added, timer))
         if timer:
             timer("add_mlp")
+
+    def _sum(self, partial: torch.Tensor, timer: Timer | None) -> torch.Tensor:
+        """What all ranks add onto the residual stream: fp32, or `partial` as it is where there is one rank."""
+        if self._shard is None:
+            return partial
+        total = self._shard.reduce_(partial.float())
+        if timer:
+            timer("reduce")
+        return total
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         """x / RMS(x) / sqrt(H), in the type of the products; what is left of the norm is in the weights."""
@@ -187,9 +208,9 @@ class Transformer:
     ) -> torch.Tensor:
         """Every attention call of the pass for heads [T, Q + 2K, D]: [T, Q * D]."""
         rows = plan.decode.rows if plan.decode else 0
-        mixed = heads.new_empty(len(heads), self.spec.q_width) if plan.prefill else None
+        mixed = heads.new_empty(len(heads), self._part.q_width) if plan.prefill else None
         if plan.decode:
-            found = self._decode(heads[:rows, : self.spec.heads], cache.layers[index], plan.decode)
+            found = self._decode(heads[:rows, : self._part.heads], cache.layers[index], plan.decode)
             if timer:
                 timer("attention_decode")
             if mixed is None:
@@ -210,7 +231,7 @@ class Transformer:
 
     def _prefill(self, index: int, heads: torch.Tensor, call: Prefill, cache: KVCache) -> torch.Tensor:
         """The rows of one prompt: against each other, or as a chunk against what is cached and each other."""
-        spec, context = self.spec, call.context
+        spec, context = self._part, call.context
         rows = heads[call.first : call.last].transpose(0, 1)[None]
         if context is None:
             stored = rows[:, spec.heads :]
@@ -245,9 +266,19 @@ def rope_frequencies(spec: ModelSpec, divisors: torch.Tensor | None = None) -> t
     return frequencies * (fast + (1 - fast) / scaling.factor)
 
 
-def build(spec: ModelSpec, weights: Weights, *, dtype: torch.dtype, threads: int) -> Transformer:
-    """Unpack, fuse, fold and lay out the weights; `UserError` names a tensor that is missing or misshapen."""
-    builder = _Builder(spec, weights, dtype)
+def _part(spec: ModelSpec, shard: Shard | None) -> ModelSpec:
+    return spec if shard is None else shard.part(spec)
+
+
+def build(
+    spec: ModelSpec, weights: Weights, *, dtype: torch.dtype, threads: int, shard: Shard | None = None
+) -> Transformer:
+    """Unpack, fuse, fold and lay out the weights, or `shard`'s part of them.
+
+    Raises:
+        UserError: a tensor is missing or misshapen, or the model has not enough KV heads for the ranks.
+    """
+    builder = _Builder(spec, weights, dtype, shard)
     # Layers are independent, so each thread packs its own: no barrier inside an operation, none lost to a
     # busy neighbour.
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -261,12 +292,15 @@ def build(spec: ModelSpec, weights: Weights, *, dtype: torch.dtype, threads: int
         layers=layers,
         head=head.result(),
         frequencies=builder.frequencies(),
+        shard=shard,
     )
 
 
 class _Builder:
-    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, shard: Shard | None) -> None:
         self.spec = spec
+        self.part = _part(spec, shard)
+        self.shard = shard
         self.weights = weights
         self.dtype = dtype
 
@@ -275,19 +309,22 @@ class _Builder:
         spec, at = self.spec, f"model.layers.{index}."
         attention = self.norm(at + "input_layernorm.weight")
         mlp = self.norm(at + "post_attention_layernorm.weight")
-        gates = [self.weights.tensor(f"{at}mlp.{name}_proj.weight", (spec.ffn, spec.hidden)) for name in ("gate", "up")]
+        inner = (spec.ffn, spec.hidden)
+        gates = [self.held(f"{at}mlp.{name}_proj.weight", inner, spec.ffn) for name in ("gate", "up")]
         return _Layer(
             qkv=self.product(self.qkv(at, "weight", (spec.hidden,)).mul_(attention), self.bias(at)),
-            out=self.product(self.weights.tensor(at + "self_attn.o_proj.weight", (spec.hidden, spec.q_width))),
+            out=self.product(
+                self.held(at + "self_attn.o_proj.weight", (spec.hidden, spec.q_width), spec.kv_heads, dim=1)
+            ),
             gate_up=self.product(torch.cat(gates).mul_(mlp)),
-            down=self.product(self.weights.tensor(at + "mlp.down_proj.weight", (spec.hidden, spec.ffn))),
+            down=self.product(self.held(at + "mlp.down_proj.weight", inner[::-1], spec.ffn, dim=1)),
             qk_norm=self.qk_norm(at) if spec.qk_norm else None,
         )
 
     @torch.inference_mode()
     def head(self) -> LinearMap:
         name = "model.embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
-        table = self.weights.tensor(name, (self.spec.vocab, self.spec.hidden))
+        table = self.held(name, (self.spec.vocab, self.spec.hidden), self.spec.vocab)
         norm = self.norm("model.norm.weight")
         return self.product(table.mul_(norm))
 
@@ -306,6 +343,11 @@ class _Builder:
             divisors = self.weights.tensor(ROPE_DIVISORS, (self.spec.head_dim // 2,))
         return rope_frequencies(self.spec, divisors)
 
+    def held(self, name: str, shape: tuple[int, ...], units: int, dim: int = 0) -> torch.Tensor:
+        """What is held here of a tensor of `shape`, whose `dim` holds `units` units of equal width."""
+        whole = self.weights.tensor(name, shape)
+        return whole if self.shard is None else self.shard.cut(whole, units, dim)
+
     def product(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> LinearMap:
         return linear_map(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
@@ -313,11 +355,11 @@ class _Builder:
         return self.weights.tensor(name, (self.spec.hidden,)) * math.sqrt(self.spec.hidden)
 
     def qkv(self, at: str, kind: str, inner: tuple[int, ...]) -> torch.Tensor:
-        """The three projections' rows, one below the other, rotary partners adjacent."""
+        """The three projections' rows that are held here, one below the other, rotary partners adjacent."""
         spec = self.spec
         parts = []
         for name, width in (("q", spec.q_width), ("k", spec.kv_width), ("v", spec.kv_width)):
-            part = self.weights.tensor(f"{at}self_attn.{name}_proj.{kind}", (width, *inner))
+            part = self.held(f"{at}self_attn.{name}_proj.{kind}", (width, *inner), spec.kv_heads)
             parts.append(part if name == "v" else self.adjacent(part))
         return torch.cat(parts)
 
@@ -329,12 +371,12 @@ class _Builder:
         return None
 
     def qk_norm(self, at: str) -> torch.Tensor:
-        spec = self.spec
+        part = self.part
         query, key = (
-            self.adjacent(self.weights.tensor(f"{at}self_attn.{name}_norm.weight", (spec.head_dim,))) for name in "qk"
+            self.adjacent(self.weights.tensor(f"{at}self_attn.{name}_norm.weight", (part.head_dim,))) for name in "qk"
         )
-        rows = torch.cat([query.expand(spec.heads, -1), key.expand(spec.kv_heads, -1)])
-        return rows * math.sqrt(spec.head_dim)
+        rows = torch.cat([query.expand(part.heads, -1), key.expand(part.kv_heads, -1)])
+        return rows * math.sqrt(part.head_dim)
 
     def adjacent(self, rows: torch.Tensor) -> torch.Tensor:
         return query_key_order(rows, self.spec.head_dim, have=self.weights.rotary, want="adjacent")

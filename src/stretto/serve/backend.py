@@ -40,7 +40,7 @@ class Pass:
 
     Attributes:
         step: its number.
-        moves: slots to copy before anything else, one after another: (from, to).
+        moves: slots to copy before anything else, one after another: (from, to, positions).
         slots: the contiguous range [low, high) of slots whose every row is computed, holes included; None: the
             pass computes its own rows alone, by their block tables.
     """
@@ -48,7 +48,7 @@ class Pass:
     step: int
     prefill: tuple[Row, ...]
     decode: tuple[Row, ...]
-    moves: tuple[tuple[int, int], ...] = ()
+    moves: tuple[tuple[int, int, int], ...] = ()
     slots: tuple[int, int] | None = None
 
     @property

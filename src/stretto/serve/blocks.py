@@ -38,6 +38,10 @@ class BlockPool:
         """The pages of `request` in the order of its positions; empty if it holds none."""
         return tuple(self._tables.get(request, ()))
 
+    def fits(self, tokens: int) -> bool:
+        """Whether the empty pool can hold a request of so many positions."""
+        return -(-tokens // self.page_tokens) <= self.pages
+
     def missing(self, request: int, tokens: int) -> int:
         """How many more pages `request` needs to hold `tokens` positions."""
         return max(0, -(-tokens // self.page_tokens) - len(self._tables.get(request, ())))

@@ -43,7 +43,7 @@ class ServeDomain:
         length, count = job.assumed_new_tokens, len(work.prompts)
         if job.objective == "latency":
             return length * weights
-        batches = -(-count // plan.slots)
+        batches = -(-count // (plan.slots * plan.instances))
         return count * length / max(batches * length * weights, count * length * flops)
 
     def simulate(self, job: ServeJob, plan: ServePlan, cluster: Cluster) -> Prediction:

@@ -129,6 +129,7 @@ class Engine:
         host_seconds: the model of host work, for virtual time.
         step_timeout_s: a backend that takes longer for a step is taken for dead; None waits for ever.
         log: where events and decisions go; None keeps no log.
+        lane: the name of the backend's lane in the trace.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Engine:
         host_seconds: HostSeconds = lambda rows: 0.0,
         step_timeout_s: float | None = None,
         log: EventLog | None = None,
+        lane: str = "device",
     ) -> None:
         self.scheduler = scheduler
         self.backend = backend
@@ -152,6 +154,7 @@ class Engine:
         self._host_seconds = host_seconds
         self._timeout_s = step_timeout_s
         self._log = log
+        self._lane = lane
         self._live: dict[int, Handle] = {}
         self._tables: dict[int, tuple[int, ...]] = {}
         self._inbox: list[dict[str, Any]] = []
@@ -170,10 +173,9 @@ class Engine:
         if request.id in self._live:
             raise ValueError(f"request {request.id} is already live; give each request its own number")
         if not self.scheduler.can_ever_fit(len(request.prompt), request.limit):
-            size = self.scheduler.config.pages * self.scheduler.config.page_tokens
             raise ValueError(
                 f"request {request.id}: prompt of {len(request.prompt)} + {request.limit} new tokens "
-                f"do not fit into the KV pool of {size} tokens"
+                f"do not fit into {self.scheduler.config.room}"
             )
         handle = Handle(request, self.clock.now, stream or NoText())
         self._live[request.id] = handle
@@ -187,6 +189,11 @@ class Engine:
             }
         )
         return handle
+
+    @property
+    def live(self) -> int:
+        """Requests that wait or run."""
+        return len(self._live)
 
     def cancel(self, request: int) -> None:
         """End a request at the next step boundary; its pages are free then. Unknown numbers are ignored."""
@@ -266,6 +273,8 @@ class Engine:
             self._tables.pop(request, None)
         for request, new in decision.pages:
             self._tables[request] = self._tables.get(request, ()) + new
+        for request, _, target, _ in decision.moves:
+            self._tables[request] = (target,)
         now = self.clock.now
         for chunk in decision.prefill:
             handle = self._live[chunk.id]
@@ -277,6 +286,8 @@ class Engine:
             step=self.steps,
             prefill=tuple(self._prompt_row(c.id, c.start, c.count, c.last) for c in decision.prefill),
             decode=tuple(self._decode_row(i) for i in decision.decode),
+            moves=tuple(move[1:] for move in decision.moves),
+            slots=decision.slots,
         )
 
     def _prompt_row(self, request: int, start: int, count: int, last: bool) -> Row:
@@ -311,7 +322,7 @@ class Engine:
         while done < steps and not finished and (done == 0 or not self._inbox):
             if done:
                 rows = tuple(self._decode_row(row.id) for row in work.decode)
-                work = Pass(step=self.steps, prefill=(), decode=rows)
+                work = Pass(step=self.steps, prefill=(), decode=rows, slots=work.slots)
             result = await self._ask(work, steps - done)
             if result is None:
                 failed = True
@@ -335,9 +346,9 @@ class Engine:
 
     def _hand_out(self, work: Pass, result: PassResult) -> list[int]:
         for start, finish in result.spans_s:
-            self.recorder.span("device", start, finish, Key(work.phase, step=self.steps))
+            self.recorder.span(self._lane, start, finish, Key(work.phase, step=self.steps))
             self.steps += 1
-        self.recorder.counter("running", result.spans_s[0][0], len(work.prefill) + len(work.decode))
+        self.recorder.counter(f"running on {self._lane}", result.spans_s[0][0], len(work.prefill) + len(work.decode))
         finished = []
         if result.tokens:
             self._failures_in_a_row = 0

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stretto.core.errors import FieldError, require
+from stretto.serve.joining import JOININGS
 from stretto.serve.sampling import Sampling
+from stretto.serve.slots import Reorder
 
 MAX_PROMPTS = 100_000
 MAX_NEW_TOKENS = 1_000_000
@@ -55,7 +57,10 @@ class ServeJob:
         dtype: "auto" weighs all types, else the one to use.
         slots: None weighs several numbers of concurrent requests, else the one to use.
         threads: None weighs several numbers of threads, else the one to use.
-        joining: "auto" weighs all joining policies, else the one to use.
+        joining: "auto" weighs all joining policies, else the name of the one to use.
+        layout: "auto" weighs all layouts of the KV cache, else the one to use.
+        reorder: when holes are closed in layout "slots": "eager", "threshold" or "never".
+        instances: None weighs one copy of the model against one a core, else how many to run side by side.
         limits: what a plan must keep to.
     """
 
@@ -74,7 +79,10 @@ class ServeJob:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     slots: int | None = None
     threads: int | None = None
-    joining: Literal["auto", "continuous", "dynamic", "static"] = "auto"
+    joining: str = "auto"
+    layout: Literal["auto", "pages", "slots"] = "auto"
+    reorder: Reorder = "eager"
+    instances: int | None = None
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -88,6 +96,9 @@ class ServeJob:
         require(0 <= self.arrival_gap_s <= 3600, "arrival_gap_s", self.arrival_gap_s, "in 0 .. 3600")
         require(self.slots is None or 1 <= self.slots <= 4096, "slots", self.slots, "in 1 .. 4096")
         require(self.threads is None or self.threads >= 1, "threads", self.threads, ">= 1")
+        require(self.instances is None or 1 <= self.instances <= 64, "instances", self.instances, "in 1 .. 64")
+        choices = ("auto", *JOININGS)
+        require(self.joining in choices, "joining", self.joining, f"one of {', '.join(choices)}")
 
     @property
     def assumed_new_tokens(self) -> int:

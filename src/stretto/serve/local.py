@@ -34,21 +34,29 @@ class LocalBackend:
 
     def __init__(self, model: Model, *, pages: int, page_tokens: int, clock: RealClock) -> None:
         self._model = model
-        self._cache: KVCache = model.transformer.new_cache(pages=pages, page_tokens=page_tokens)
+        self._cache: KVCache = model.transformer.new_cache(pages=pages + 1, page_tokens=page_tokens)
         self._clock = clock
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
-        return await asyncio.wrap_future(submit(self._compute, work))
+        return await asyncio.wrap_future(submit(self.compute, work))
 
-    def _compute(self, work: Pass) -> PassResult:
+    def compute(self, work: Pass) -> PassResult:
+        """Carry out one pass here and now, in the thread of the caller."""
         start = self._clock.now
+        self.move(work.moves)
         rows = (*work.prefill, *work.decode)
-        logits = forward_rows(self._model, self._cache, rows)
+        logits = forward_rows(self._model, self._cache, rows, holes=work.holes)
         drawn = [row for row in rows if row.sampling is not None]
         how = [row.sampling for row in drawn if row.sampling is not None]
         tokens = sample(logits.numpy(), how, [row.position for row in drawn]) if drawn else []
         found = {row.id: (token,) for row, token in zip(drawn, tokens, strict=True)}
         return PassResult(tokens=found, spans_s=((start, self._clock.now),))
+
+    def move(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Copy the keys and values of whole slots, one after another: (from, to, positions)."""
+        for source, target, positions in moves:
+            for layer in self._cache.layers:
+                layer[target, :, :positions] = layer[source, :, :positions]
 
     def wipe(self) -> None:
         """Nothing to do: the next pass over a position writes its keys and values anew."""
@@ -57,8 +65,11 @@ class LocalBackend:
         """Likewise."""
 
 
-def forward_rows(model: Model, cache: KVCache, rows: Sequence[Row]) -> torch.Tensor:
-    """Logits [rows that draw, vocabulary] of one pass over `rows`."""
+def forward_rows(model: Model, cache: KVCache, rows: Sequence[Row], *, holes: int = 0) -> torch.Tensor:
+    """Logits [rows that draw, vocabulary] of one pass over `rows`, and over `holes` rows whose results nobody wants.
+
+    Rows of holes write to the cache's last page, which must belong to nobody.
+    """
     import torch
 
     segments: list[Segment] = []
@@ -67,4 +78,7 @@ def forward_rows(model: Model, cache: KVCache, rows: Sequence[Row]) -> torch.Ten
         yields = int(row.sampling is not None)
         segments.append(Segment(len(tokens), len(row.tokens), row.start, row.table, yields))
         tokens.extend(row.tokens)
+    for _ in range(holes):
+        segments.append(Segment(len(tokens), 1, 0, (cache.pages - 1,), 0))
+        tokens.append(0)
     return model.transformer.forward(torch.tensor(tokens, dtype=torch.int64), segments, cache)

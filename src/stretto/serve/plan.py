@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from stretto.core.errors import require
@@ -11,11 +11,13 @@ from stretto.core.plan import Refusal
 from stretto.hardware.cluster import Cluster
 from stretto.hardware.device import Device
 from stretto.serve.job import ServeJob
+from stretto.serve.joining import JOININGS
+from stretto.serve.slots import Reorder
 from stretto.serve.workload import Workload
 
 SLOTS = (1, 2, 4, 8, 16, 32)
 DTYPES = ("bf16", "fp32")
-JOININGS = ("continuous", "dynamic", "static")
+LAYOUTS = ("pages", "slots")
 WORKSPACE_BYTES = 0.5e9
 """Room left for activations, logits, the tokenizer and Python itself; seen on this package's own processes."""
 
@@ -29,32 +31,44 @@ class ServePlan:
         dtype: type of the products and of the KV cache.
         threads: CPU threads of the passes.
         slots: most requests that run at once.
-        joining: who joins the running batch, and when.
+        joining: who joins the running batch, and when; the name of a policy in `serve.joining`.
         page_tokens: length of a KV page; as long as the longest request, it makes each slot one contiguous page.
         prefill_tokens: most prompt tokens in one pass.
+        layout: "pages" computes the rows of a step by their block tables; "slots", temporal fusion, computes one
+            contiguous range of slots, each of which holds one whole request.
+        reorder: when holes in the range are closed, with "slots": "eager", "threshold" or "never".
+        instances: copies of the model that run side by side, each in a process of its own with these slots and
+            threads; requests go to the one with the fewest.
     """
 
     device: str
     dtype: Literal["fp32", "bf16"]
     threads: int
     slots: int
-    joining: Literal["continuous", "dynamic", "static"]
+    joining: str
     page_tokens: int
     prefill_tokens: int = 512
+    layout: Literal["pages", "slots"] = "pages"
+    reorder: Reorder = "eager"
+    instances: int = 1
 
     def __post_init__(self) -> None:
         require(1 <= self.threads <= 4096, "threads", self.threads, "in 1 .. 4096")
         require(1 <= self.slots <= 4096, "slots", self.slots, "in 1 .. 4096")
         require(1 <= self.page_tokens <= 2**24, "page_tokens", self.page_tokens, "in 1 .. 2**24")
         require(1 <= self.prefill_tokens <= 2**20, "prefill_tokens", self.prefill_tokens, "in 1 .. 2**20")
+        require(1 <= self.instances <= 64, "instances", self.instances, "in 1 .. 64")
+        require(self.joining in JOININGS, "joining", self.joining, f"one of {', '.join(JOININGS)}")
 
     def pages(self, longest: int) -> int:
-        """Pages of the pool: each slot can hold a request of `longest` tokens."""
+        """Pages of an instance's pool: each slot can hold a request of `longest` tokens."""
         return self.slots * -(-longest // self.page_tokens)
 
     def __str__(self) -> str:
+        copies = f"{self.instances} instances of " if self.instances > 1 else ""
+        layout = f", fused slots ({self.reorder} reordering)" if self.layout == "slots" else ""
         return (
-            f"{self.slots} slots, {self.joining} joining, {self.dtype} on {self.threads} "
+            f"{copies}{self.slots} slots, {self.joining} joining{layout}, {self.dtype} on {self.threads} "
             f"thread{'s' if self.threads > 1 else ''} of {self.device}, {self.prefill_tokens} prompt tokens a pass"
         )
 
@@ -66,14 +80,35 @@ def candidates(job: ServeJob, work: Workload, cluster: Cluster) -> Iterator[Serv
             for threads in _threads(job, device):
                 for slots in _slots(job):
                     for joining in _joinings(job, slots):
-                        yield ServePlan(
+                        plan = ServePlan(
                             device=path,
                             dtype=dtype,  # type: ignore[arg-type]
                             threads=threads,
                             slots=slots,
-                            joining=joining,  # type: ignore[arg-type]
+                            joining=joining,
                             page_tokens=work.longest,
+                            reorder=job.reorder,
                         )
+                        yield from _laid_out(job, plan, device)
+
+
+def _laid_out(job: ServeJob, plan: ServePlan, device: Device) -> Iterator[ServePlan]:
+    """`plan` in each layout, and as several instances; layouts and copies are weighed where requests join freely."""
+    freely = plan.joining == "continuous"
+    layouts = (LAYOUTS if freely and plan.slots > 1 else ("pages",)) if job.layout == "auto" else (job.layout,)
+    for layout in layouts:
+        yield from (
+            replace(plan, layout=layout, instances=instances)  # type: ignore[arg-type]
+            for instances in _instances(job, plan, device)
+            if instances == 1 or layout == "pages" or job.layout != "auto"
+        )
+
+
+def _instances(job: ServeJob, plan: ServePlan, device: Device) -> tuple[int, ...]:
+    if job.instances is not None:
+        return (job.instances,)
+    shares = plan.threads == 1 and plan.joining == "continuous" and len(job.prompts) >= device.units > 1
+    return (1, device.units) if shares and device.kind == "cpu" else (1,)
 
 
 def _threads(job: ServeJob, device: Device) -> list[int]:
@@ -95,13 +130,14 @@ def _slots(job: ServeJob) -> list[int]:
 def _joinings(job: ServeJob, slots: int) -> tuple[str, ...]:
     if job.joining != "auto":
         return (job.joining,)
-    return JOININGS if slots > 1 else ("continuous",)
+    return tuple(JOININGS) if slots > 1 else ("continuous",)
 
 
 def memory_bytes(plan: ServePlan, work: Workload) -> float:
-    """Bytes of weights, KV pool and workspace."""
+    """Bytes of weights, KV pool and workspace, over all instances."""
     tokens = plan.pages(work.longest) * plan.page_tokens
-    return work.spec.weight_bytes(plan.dtype) + tokens * work.spec.kv_bytes_per_token(plan.dtype) + WORKSPACE_BYTES
+    one = work.spec.weight_bytes(plan.dtype) + tokens * work.spec.kv_bytes_per_token(plan.dtype) + WORKSPACE_BYTES
+    return plan.instances * one
 
 
 def check(job: ServeJob, plan: ServePlan, work: Workload, cluster: Cluster) -> Refusal | None:
@@ -118,9 +154,14 @@ def check(job: ServeJob, plan: ServePlan, work: Workload, cluster: Cluster) -> R
         )
     if device.kind == "cpu" and plan.threads > device.units:
         return Refusal(reason=f"{plan.threads} threads on {device.units} cores", nearest=f"threads: {device.units}")
-    if job.limits.threads is not None and plan.threads > job.limits.threads:
+    if plan.layout == "slots" and plan.page_tokens < work.longest:
         return Refusal(
-            reason=f"{plan.threads} threads, limits.threads is {job.limits.threads}",
+            reason=f"a slot holds a whole request, here up to {work.longest} tokens, not {plan.page_tokens}",
+            nearest=f"page_tokens: {work.longest}",
+        )
+    if job.limits.threads is not None and plan.threads * plan.instances > job.limits.threads:
+        return Refusal(
+            reason=f"{plan.threads * plan.instances} threads, limits.threads is {job.limits.threads}",
             nearest=f"threads: {job.limits.threads}",
         )
     if plan.dtype not in device.peak_flops:
@@ -137,6 +178,12 @@ def _check_memory(job: ServeJob, plan: ServePlan, work: Workload, device: Device
     whose = "limits.memory_gb" if limit < device.memory_bytes else device.name
     a_slot = plan.pages(work.longest) // plan.slots * plan.page_tokens * work.spec.kv_bytes_per_token(plan.dtype)
     fitting = int((limit - (needed - plan.slots * a_slot)) // a_slot)
+    if plan.instances > 1:
+        one = needed / plan.instances
+        return Refusal(
+            reason=f"{plan.instances} instances need {needed / 1e9:.2f} GB, {whose} is {limit / 1e9:.2f} GB",
+            nearest=f"instances: {int(limit // one)}" if limit >= one else "one instance with fewer slots",
+        )
     nearest = (
         f"slots: {fitting}" if fitting >= 1 else f"{(needed - (plan.slots - 1) * a_slot) / 1e9:.2f} GB for one slot"
     )

@@ -16,8 +16,10 @@ from functools import lru_cache
 import numpy as np
 
 from stretto.core.clock import VirtualClock, simulate_async
+from stretto.core.fluid import Fluid
 from stretto.core.plan import Metric, Prediction
 from stretto.core.record import Recorder
+from stretto.core.shared import SharedDevice
 from stretto.core.statistics import Interval
 from stretto.core.trace import Key, Trace
 from stretto.hardware import cost
@@ -27,11 +29,12 @@ from stretto.models.calibrate import pass_signature
 from stretto.models.passes import PassShape
 from stretto.models.spec import ModelSpec
 from stretto.serve.engine import Engine
+from stretto.serve.instances import Instances
 from stretto.serve.job import ServeJob
 from stretto.serve.plan import ServePlan, memory_bytes
 from stretto.serve.request import Answer, Request
 from stretto.serve.scheduler import Scheduler, SchedulerConfig
-from stretto.serve.simulated import END, SimulatedBackend
+from stretto.serve.simulated import END, SharedPass, SimulatedBackend
 from stretto.serve.workload import Workload
 
 SHORT_ANSWER = 0.25
@@ -61,6 +64,7 @@ class PassCosts:
 
     def __post_init__(self) -> None:
         self._seconds = lru_cache(maxsize=4096)(self._estimate)
+        self._demand = lru_cache(maxsize=4096)(self._count)
 
     def prefill_s(self, chunks: Sequence[tuple[int, int]], decode_contexts: Sequence[int]) -> float:
         new = tuple(n for n, _ in chunks) + (1,) * len(decode_contexts)
@@ -78,6 +82,14 @@ class PassCosts:
         seconds: list[float] = np.linspace(first[0], last[0], steps).tolist()
         return seconds
 
+    def move_s(self, positions: int) -> float:
+        if not positions:
+            return 0.0
+        copied = 2.0 * positions * self.spec.kv_bytes_per_token(self.dtype)
+        move = Operation(name="kv_move", kind="elementwise", dtype=self.dtype, flops=0.0, bytes=copied)
+        found = cost.total([move], self.device, threads=self.threads)
+        return self._charge((found.seconds, found.low, found.high), 1)
+
     def _decode(self, rows: int, mean_context: float) -> tuple[float, float, float]:
         # Contexts differ from row to row, but cost depends on their number and mean alone.
         low = int(mean_context)
@@ -94,6 +106,16 @@ class PassCosts:
         self.low += low * times
         self.high += high * times
         return seconds
+
+    def demand(self, chunks: Sequence[tuple[int, int]], contexts: Sequence[int]) -> tuple[float, float]:
+        """FLOPs and bytes of one pass."""
+        new = tuple(n for n, _ in chunks) + (1,) * len(contexts)
+        cached = tuple(c for _, c in chunks) + tuple(contexts)
+        return self._demand(new, cached)
+
+    def _count(self, new: tuple[int, ...], cached: tuple[int, ...]) -> tuple[float, float]:
+        operations = self.spec.operations(PassShape(new_tokens=new, cached=cached), dtype=self.dtype)
+        return sum(op.flops * op.count for op in operations), sum(op.bytes * op.count for op in operations)
 
     def _estimate(self, new: tuple[int, ...], cached: tuple[int, ...]) -> tuple[float, float, float]:
         shape = PassShape(new_tokens=new, cached=cached)
@@ -145,6 +167,8 @@ def scheduler_config(plan: ServePlan, work: Workload) -> SchedulerConfig:
         pages=plan.pages(work.longest),
         page_tokens=plan.page_tokens,
         prefill_tokens=plan.prefill_tokens,
+        layout=plan.layout,
+        reorder=plan.reorder,
     )
 
 
@@ -157,15 +181,22 @@ def play(plan: ServePlan, work: Workload, device: Device, lengths: Sequence[int]
         recorder = Recorder("simulated")
         clock.on_spend = lambda what, start, finish: recorder.span("host", start, finish, Key(what))
         numbers = range(len(lengths))
-        backend = SimulatedBackend(
-            costs,
-            clock,
-            dict(zip(numbers, lengths, strict=True)),
-            {i: len(work.prompts[i]) for i in numbers},
-            host_s=costs.host_s,
-            on_host=lambda start, finish: recorder.span("host", start, finish, Key("host")),
-        )
-        engine = Engine(Scheduler(scheduler_config(plan, work)), backend, clock, recorder, host_seconds=costs.host_s)
+        shared = _shared_by_instances(plan, device, costs, clock) if plan.instances > 1 else None
+
+        def engine_of(lane: str) -> Engine:
+            backend = SimulatedBackend(
+                costs,
+                clock,
+                dict(zip(numbers, lengths, strict=True)),
+                {i: len(work.prompts[i]) for i in numbers},
+                host_s=costs.host_s,
+                on_host=lambda start, finish: recorder.span("host", start, finish, Key("host")),
+                shared=shared,
+            )
+            scheduler = Scheduler(scheduler_config(plan, work))
+            return Engine(scheduler, backend, clock, recorder, host_seconds=costs.host_s, lane=lane)
+
+        engine = Instances([engine_of(lane) for lane in lanes(plan)])
         running = asyncio.ensure_future(engine.run())
         handles = []
         for i in numbers:
@@ -181,6 +212,31 @@ def play(plan: ServePlan, work: Workload, device: Device, lengths: Sequence[int]
         return Played(trace=recorder.trace(), answers=answers, spread=(costs.low / total, costs.high / total))
 
     return simulate_async(main)
+
+
+def lanes(plan: ServePlan) -> list[str]:
+    """The lane of each instance in a trace."""
+    return ["device"] if plan.instances == 1 else [f"instance {i}" for i in range(plan.instances)]
+
+
+def _shared_by_instances(plan: ServePlan, device: Device, costs: PassCosts, clock: VirtualClock) -> SharedPass:
+    """How passes of several instances slow each other down: by the cores or FLOPs and by the bandwidth they share.
+
+    A pass that runs alone takes the seconds of `costs`; the device's bandwidth and cores are shared in equal parts.
+    """
+    if device.kind == "cpu":
+        capacity = {"bandwidth": device.bandwidth, "cores": float(device.units)}
+    else:
+        capacity = {"bandwidth": device.bandwidth, "flops": device.peak(plan.dtype)}
+    machine = SharedDevice(clock, Fluid(capacity))
+
+    async def execute(seconds: float, chunks: Sequence[tuple[int, int]], contexts: Sequence[int]) -> None:
+        flops, moved = costs.demand(chunks, contexts)
+        use = {"bandwidth": min(moved, seconds * device.bandwidth)}
+        use |= {"cores": seconds * plan.threads} if device.kind == "cpu" else {"flops": flops}
+        await machine.execute(1.0, use, 1.0 / seconds, label="an instance")
+
+    return execute
 
 
 def predict(job: ServeJob, plan: ServePlan, work: Workload, device: Device) -> Prediction:

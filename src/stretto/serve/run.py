@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,20 @@ from stretto.hardware.device import Device
 from stretto.models.calibrate import TOLERANCE, is_calibrated, pace, warm_up
 from stretto.models.load import Model, load_model
 from stretto.models.passes import PassShape
+from stretto.serve.backend import Backend
 from stretto.serve.engine import Engine, Handle
+from stretto.serve.instances import Instances
 from stretto.serve.job import ServeJob
 from stretto.serve.local import LocalBackend
 from stretto.serve.plan import ServePlan, memory_bytes
-from stretto.serve.predict import play, scheduler_config
+from stretto.serve.predict import lanes, play, scheduler_config
+from stretto.serve.remote import RemoteBackend
 from stretto.serve.request import Answer, Request
 from stretto.serve.scheduler import Scheduler
 from stretto.serve.text import AnswerText
 from stretto.serve.workload import Workload
 
-EVENT_LOG = "events.jsonl"
+EVENT_LOG = "events"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class Served:
 
     answers: tuple[Answer, ...]
     recorder: Recorder
-    log: EventLog
+    logs: tuple[EventLog, ...]
     interrupted: bool
 
 
@@ -46,12 +50,54 @@ def serve(model: Model, job: ServeJob, plan: ServePlan, work: Workload, ctx: Con
 
 
 async def _serve(model: Model, job: ServeJob, plan: ServePlan, work: Workload, ctx: Context) -> Served:
+    async with AsyncExitStack() as stack:
+        clock = RealClock()
+        backends = await _backends(model, job, plan, work, clock, stack)
+        clock.restart()
+        return await _serve_on(backends, clock, model, job, plan, work, ctx)
+
+
+async def _backends(
+    model: Model, job: ServeJob, plan: ServePlan, work: Workload, clock: RealClock, stack: AsyncExitStack
+) -> list[Backend]:
+    """One backend an instance: this process's model, or a worker process each, which `stack` closes."""
+    pages = plan.pages(work.longest)
+    if plan.instances == 1:
+        return [LocalBackend(model, pages=pages, page_tokens=plan.page_tokens, clock=clock)]
+    starting = [
+        RemoteBackend.start(
+            job.model, dtype=plan.dtype, threads=plan.threads, pages=pages, page_tokens=plan.page_tokens, clock=clock
+        )
+        for _ in range(plan.instances)
+    ]
+    started = await asyncio.gather(*starting, return_exceptions=True)
+    for each in started:
+        if isinstance(each, RemoteBackend):
+            stack.push_async_callback(each.close)
+    for each in started:
+        if isinstance(each, BaseException):
+            raise each
+    return [each for each in started if isinstance(each, RemoteBackend)]
+
+
+async def _serve_on(
+    backends: Sequence[Backend],
+    clock: RealClock,
+    model: Model,
+    job: ServeJob,
+    plan: ServePlan,
+    work: Workload,
+    ctx: Context,
+) -> Served:
     recorder = Recorder("measured")
     settings = scheduler_config(plan, work)
-    log = EventLog(header=dataclasses.asdict(settings))
-    clock = RealClock(on_spend=lambda what, start, finish: recorder.span("host", start, finish, Key(what)))
-    backend = LocalBackend(model, pages=settings.pages, page_tokens=settings.page_tokens, clock=clock)
-    engine = Engine(Scheduler(settings), backend, clock, recorder, log=log)
+    logs = [EventLog(header=dataclasses.asdict(settings)) for _ in range(plan.instances)]
+    clock.on_spend = lambda what, start, finish: recorder.span("host", start, finish, Key(what))
+    engines = [
+        Engine(Scheduler(settings), backend, clock, recorder, log=log, lane=lane)
+        for backend, log, lane in zip(backends, logs, lanes(plan), strict=True)
+    ]
+    engine = Instances(engines)
     running = asyncio.ensure_future(engine.run())
     watching = asyncio.ensure_future(_watch(engine, clock, job, ctx))
     handles = await _submit(engine, clock, model, job, work, ctx)
@@ -61,11 +107,11 @@ async def _serve(model: Model, job: ServeJob, plan: ServePlan, work: Workload, c
     recorder.memory(plan.device, 0.0, memory_bytes(plan, work))
     answers = tuple(handle.result() for handle in handles)
     interrupted = any(answer.reason == "cancelled" for answer in answers) or len(answers) < len(work.prompts)
-    return Served(answers=answers, recorder=recorder, log=log, interrupted=interrupted)
+    return Served(answers=answers, recorder=recorder, logs=tuple(logs), interrupted=interrupted)
 
 
 async def _submit(
-    engine: Engine, clock: RealClock, model: Model, job: ServeJob, work: Workload, ctx: Context
+    engine: Instances, clock: RealClock, model: Model, job: ServeJob, work: Workload, ctx: Context
 ) -> list[Handle]:
     handles = []
     ends = frozenset() if job.ignore_eos else frozenset(model.tokenizer.eos_ids)
@@ -80,7 +126,7 @@ async def _submit(
     return handles
 
 
-async def _watch(engine: Engine, clock: RealClock, job: ServeJob, ctx: Context) -> None:
+async def _watch(engine: Instances, clock: RealClock, job: ServeJob, ctx: Context) -> None:
     """Show progress; cancel everything on Ctrl-C or when the job's time is up."""
     count = len(job.prompts)
     while True:
@@ -108,9 +154,11 @@ def run(plan: Plan[ServeJob, ServePlan], work: Workload, forecast: Prediction, c
     predicted = play(plan.choices, work, device.at_pace((before + after) / 2), lengths).trace
     files = {}
     if ctx.output is not None:
-        path = ctx.output / EVENT_LOG
-        served.log.save(path)
-        files["events"] = str(path)
+        for number, log in enumerate(served.logs):
+            name = EVENT_LOG if plan.choices.instances == 1 else f"{EVENT_LOG}-{number}"
+            path = ctx.output / f"{name}.jsonl"
+            log.save(path)
+            files[name] = str(path)
     return Result(
         plan=plan,
         outputs=tuple(_outputs(plan.job, served.answers)),

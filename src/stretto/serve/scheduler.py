@@ -9,10 +9,11 @@ stays valid, so that both drivers may take them at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from stretto.serve.blocks import BlockPool
 from stretto.serve.joining import JOININGS, Waiting
+from stretto.serve.slots import Reorder, SlotPool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,8 @@ class SchedulerConfig:
         pages, page_tokens: size of the KV pool.
         prefill_tokens: most prompt tokens in one step.
         max_wait_s: longest wait for company, for policies that have one.
+        layout: "pages", or "slots", where each page is a slot for one whole request and steps work on a range of them.
+        reorder: when holes in the range of slots are closed; see `slots.SlotPool`.
     """
 
     joining: str
@@ -33,6 +36,15 @@ class SchedulerConfig:
     page_tokens: int
     prefill_tokens: int
     max_wait_s: float = 0.05
+    layout: Literal["pages", "slots"] = "pages"
+    reorder: Reorder = "eager"
+
+    @property
+    def room(self) -> str:
+        """What one request must fit into, in words."""
+        if self.layout == "slots":
+            return f"a slot of {self.page_tokens} tokens"
+        return f"the KV pool of {self.pages * self.page_tokens} tokens"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +66,8 @@ class Decision:
         decode: requests that each get one token a step.
         pages: page tables that grew: (id, new pages).
         preempted: requests whose pages were taken back before this step.
+        moves: requests that change their slot before this step: (id, from, to, positions to copy).
+        slots: the range of slots this step works on, in that layout.
         steps: for how many steps this holds unless something arrives, finishes or is cancelled.
         idle_until: nothing to do before this time (seconds); infinity: until an event. None: there is work.
     """
@@ -62,6 +76,8 @@ class Decision:
     decode: tuple[int, ...] = ()
     pages: tuple[tuple[int, tuple[int, ...]], ...] = ()
     preempted: tuple[int, ...] = ()
+    moves: tuple[tuple[int, int, int, int], ...] = ()
+    slots: tuple[int, int] | None = None
     steps: int = 1
     idle_until: float | None = None
 
@@ -71,6 +87,8 @@ class Decision:
             "decode": list(self.decode),
             "pages": [[i, list(new)] for i, new in self.pages],
             "preempted": list(self.preempted),
+            "moves": [list(move) for move in self.moves],
+            "slots": self.slots and list(self.slots),
             "steps": self.steps,
             "idle_until": self.idle_until if self.idle_until != float("inf") else "event",
         }
@@ -117,7 +135,11 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.pool = BlockPool(pages=c.pages, page_tokens=c.page_tokens)
+        self.pool = (
+            SlotPool(slots=c.pages, slot_tokens=c.page_tokens, reorder=c.reorder)
+            if c.layout == "slots"
+            else BlockPool(pages=c.pages, page_tokens=c.page_tokens)
+        )
         self.joining = JOININGS[c.joining](slots=c.slots, max_wait_s=c.max_wait_s)
         self._last = Decision()
 
@@ -129,7 +151,7 @@ class Scheduler:
 
     def can_ever_fit(self, prompt: int, limit: int) -> bool:
         """Whether a request of this size fits into the empty pool (its last token needs no KV)."""
-        return -(-(prompt + limit - 1) // self.config.page_tokens) <= self.config.pages
+        return self.pool.fits(prompt + limit - 1)
 
     def _on_arrive(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
@@ -193,11 +215,14 @@ class Scheduler:
         if not prefill and not decode:
             self._last = Decision(preempted=preempted, idle_until=self._idle_until())
         else:
+            moves, slots = self._close_holes()
             self._last = Decision(
                 prefill=prefill,
                 decode=decode,
                 pages=tuple(grown.items()),
                 preempted=preempted,
+                moves=moves,
+                slots=slots,
                 steps=1 if prefill else self._valid_steps(),
             )
         return self._last
@@ -257,6 +282,18 @@ class Scheduler:
             chunks.append(Chunk(id=request.id, start=request.computed, count=count, last=count == left))
             budget -= count
         return tuple(chunks)
+
+    def _close_holes(self) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[int, int] | None]:
+        """The moves that the layout asks for, and the range that the step works on; newcomers filled holes before."""
+        if not isinstance(self.pool, SlotPool):
+            return (), None
+        moves = []
+        computed = {r.id: r.computed for r in self.running}
+        for source, target in self.pool.close_holes():
+            request = self.pool.holder(target)
+            assert request is not None
+            moves.append((request, source, target, computed[request]))
+        return tuple(moves), self.pool.range
 
     def _allocate(self, request: _Request, tokens: int, grown: dict[int, tuple[int, ...]]) -> None:
         new = self.pool.allocate(request.id, tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -28,6 +28,12 @@ class PassCost(Protocol):
     def decode_s(self, contexts: Sequence[int], steps: int) -> list[float]:
         """Each of `steps` successive passes of rows that decode, at these contexts in the first of them."""
 
+    def move_s(self, positions: int) -> float:
+        """Copying the keys and values of so many positions from slot to slot."""
+
+
+SharedPass = Callable[[float, Sequence[tuple[int, int]], Sequence[int]], Awaitable[None]]
+
 
 class SimulatedBackend:
     """A `Backend` of seconds alone.
@@ -39,9 +45,9 @@ class SimulatedBackend:
         prompts: for each request, the length of its prompt.
         host_s: what the host takes between two steps with so many rows; the engine itself spends the first one.
         on_host: told of each such stretch.
+        shared: carries out a pass on a device that others use too: (seconds alone, chunks, contexts); None: it takes
+            its seconds. Passes of many steps are then taken one by one, since a neighbour may come at any time.
     """
-
-    steps_at_once = 1 << 30
 
     def __init__(
         self,
@@ -52,7 +58,10 @@ class SimulatedBackend:
         *,
         host_s: Callable[[int], float] = lambda rows: 0.0,
         on_host: Callable[[float, float], None] = lambda start, finish: None,
+        shared: SharedPass | None = None,
     ) -> None:
+        self.steps_at_once = 1 << 30 if shared is None else 1
+        self._shared = shared
         self._cost = cost
         self._clock = clock
         self._lengths = lengths
@@ -61,14 +70,22 @@ class SimulatedBackend:
         self._on_host = on_host
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
+        steps = min(steps, self.steps_at_once)
+        holes = [0] * work.holes
         yields = [row for row in (*work.prefill, *work.decode) if row.sampling is not None]
-        contexts = [row.start for row in work.decode]
-        if work.prefill:
-            chunks = [(len(row.tokens), row.start) for row in work.prefill]
+        contexts = [row.start for row in work.decode] + holes
+        chunks = [(len(row.tokens), row.start) for row in work.prefill]
+        if chunks:
             seconds = [self._cost.prefill_s(chunks, contexts)]
         else:
             seconds = self._cost.decode_s(contexts, min(steps, min(map(self._left, yields))))
-        spans = await self._take_time(self._spans(seconds, self._host_s(len(contexts))), news)
+        seconds[0] += self._cost.move_s(sum(positions for _, _, positions in work.moves))
+        if self._shared is None:
+            spans = await self._take_time(self._spans(seconds, self._host_s(len(contexts))), news)
+        else:
+            start = self._clock.now
+            await self._shared(seconds[0], chunks, contexts)
+            spans = [(start, self._clock.now)]
         for (_, finish), (start, _) in pairwise(spans):
             if start > finish:
                 self._on_host(finish, start)
