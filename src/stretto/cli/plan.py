@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import stretto
 from stretto.cli.app import app, console, print_json, progress_bar
-from stretto.cli.format import metric
+from stretto.cli.format import cell
 from stretto.core.plan import Prediction
 from stretto.core.search import Ranking
 from stretto.files import load_job, save_plan
@@ -57,7 +58,12 @@ def as_data(ranking: Ranking, top: int) -> dict[str, Any]:
         "objective": ranking.objective,
         "why": ranking.why,
         "plans": [
-            {"choices": _choices(w.plan.choices), **prediction_data(w.prediction)} for w in ranking.weighed[:top]
+            {
+                "choices": _choices(w.plan.choices),
+                "beside_the_first": ranking.behind(w),
+                **prediction_data(w.prediction),
+            }
+            for w in ranking.weighed[:top]
         ],
         "rejected": [
             {"choices": _choices(r.choices), "reason": r.refusal.reason, "nearest": r.refusal.nearest}
@@ -69,15 +75,21 @@ def as_data(ranking: Ranking, top: int) -> dict[str, Any]:
 
 def show(ranking: Ranking, top: int) -> None:
     """Print a ranking for people: the best plans, why the first won, and the reasons of the refused."""
-    fields = list(_choices(ranking.best.choices))
-    names = list(ranking.weighed[0].prediction.metrics)
-    table = Table(title="plans, best first", title_justify="left")
-    for heading in [*fields, *(name.replace("_", " ") for name in names)]:
+    shown = ranking.weighed[:top]
+    rows = [_choices(weighed.plan.choices) for weighed in shown]
+    differing = [name for name in rows[0] if any(row[name] != rows[0][name] for row in rows)]
+    names = list(shown[0].prediction.metrics)
+    table = Table(title="plans, best first", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ["", *differing, *(name.replace("_", " ") for name in names)]:
         table.add_column(heading)
-    for weighed in ranking.weighed[:top]:
-        cells = [str(value) for value in _choices(weighed.plan.choices).values()]
-        table.add_row(*cells, *(metric(weighed.prediction.metrics[name]) for name in names))
+    for number, (weighed, row) in enumerate(zip(shown, rows, strict=True), start=1):
+        figures = (cell(weighed.prediction.metrics[name]) for name in names)
+        table.add_row(str(number), *(str(row[name]) for name in differing), *figures)
     console.print(table)
+    common = ", ".join(f"{name} {value}" for name, value in rows[0].items() if name not in differing)
+    console.print(f"all of these: {common}", highlight=False)
+    for number, weighed in enumerate(shown[1:], start=2):
+        console.print(f"  {number} beside 1: {ranking.behind(weighed)}", highlight=False)
     console.print(f"{len(ranking.weighed)} simulated, {len(ranking.pruned)} pruned, {len(ranking.rejected)} rejected")
     by_reason: dict[str, list[Any]] = {}
     for rejected in ranking.rejected:

@@ -84,12 +84,14 @@ class Prediction:
         metrics: by name, in the order in which people read them.
         bottleneck: one sentence: what the critical path is made of.
         assumed: one sentence: what had to be assumed, e.g. lengths of answers.
+        phases: seconds of the critical path by phase.
         trace: the simulated run; left out where many plans are compared.
     """
 
     metrics: Mapping[str, Metric]
     bottleneck: str
     assumed: str = ""
+    phases: Mapping[str, float] = field(default_factory=dict)
     trace: Trace | None = None
 
 

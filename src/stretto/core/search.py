@@ -41,6 +41,10 @@ class Pruned:
     bound: float
 
 
+SAME = 0.0005
+"""Plans this near to each other, as a share, are told to be equally good."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
     """The answer of a search: plans that can run, best first, and what became of the others."""
@@ -63,8 +67,20 @@ class Ranking:
         if len(self.weighed) > 1:
             second = self.weighed[1].prediction.metrics[self.objective]
             lead = abs(metric.value.value / second.value.value - 1) * 100 if second.value.value else 0.0
-            text += f", {lead:.1f} % ahead of the next"
+            text += ", as good as the next" if lead < 100 * SAME else f", {lead:.1f} % ahead of the next"
         return f"{text}; {first.bottleneck}"
+
+    def behind(self, weighed: Weighed) -> str:
+        """How far a plan is behind the first, and in which phases of its critical path it loses most."""
+        first, other = self.weighed[0].prediction, weighed.prediction
+        best, here = (p.metrics[self.objective].value.value for p in (first, other))
+        share = abs(here / best - 1.0) if best else 0.0
+        if share < SAME:
+            return "" if weighed is self.weighed[0] else "as good"
+        lost = {name: other.phases.get(name, 0.0) - first.phases.get(name, 0.0) for name in other.phases}
+        worst = sorted((name for name in lost if lost[name] > 0), key=lambda name: -lost[name])[:2]
+        reasons = ", ".join(f"{name} +{lost[name]:.3g} s" for name in worst)
+        return f"{share:.1%} behind" + (f": {reasons}" if reasons else "")
 
     def pareto(self, names: Sequence[str]) -> tuple[Weighed, ...]:
         """The plans that no other plan beats on all of the metrics `names`."""

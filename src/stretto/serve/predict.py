@@ -274,6 +274,7 @@ def predict(job: ServeJob, plan: ServePlan, work: Workload, device: Device) -> P
         metrics=metrics,
         bottleneck=_bottleneck(middle.trace),
         assumed=_assumed(job, count),
+        phases=middle.trace.critical_seconds,
         trace=middle.trace,
     )
 
