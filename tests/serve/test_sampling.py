@@ -54,6 +54,12 @@ def test_a_draw_does_not_know_its_neighbours(seed: int, position: int, rows: int
     assert together[slot] == alone[0]
 
 
+def test_two_seeds_draw_differently() -> None:
+    logits = np.zeros((1, 50), dtype=np.float32)
+    drawn = [[sample(logits, [Sampling(temperature=1.0, seed=seed)], [at])[0] for at in range(40)] for seed in (1, 2)]
+    assert drawn[0] != drawn[1]
+
+
 def test_ties_at_the_edge_of_top_k_keep_k_tokens() -> None:
     logits = np.zeros(10, dtype=np.float32)
     tokens, p = distribution(logits, Sampling(temperature=1.0, top_k=3))

@@ -257,6 +257,14 @@ def test_rows_that_moved_go_on_as_if_they_had_not(tiny: Model) -> None:
         assert answer.tokens == alone(tiny, each)
 
 
+def test_rows_of_holes_touch_nobody(tiny: Model) -> None:
+    asked = [Asked((5 + i, 9, 13), limit) for i, limit in enumerate((30, 4, 30, 6, 30))]
+    answers, passes = serve(tiny, asked, fused("never", slots=5, page_tokens=64))
+    assert max(p.holes for p in passes) == 2
+    for each, answer in zip(asked, answers, strict=True):
+        assert answer.tokens == alone(tiny, each)
+
+
 def test_a_moved_row_equals_its_source_to_the_last_bit(tiny: Model) -> None:
     import torch
 
