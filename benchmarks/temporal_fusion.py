@@ -250,7 +250,7 @@ def measure(quick: bool) -> Sequence[harness.Row]:
     rows.append(latency_row(model))
 
     lengths = np.random.default_rng(1).integers(LENGTHS[0], LENGTHS[1] + 1, REQUESTS).tolist()
-    random = rounds_of(model, REORDERED, load_of(lengths, (0.0, 0.0)), count)
+    random = rounds_of(model, REORDERED, load_of(lengths, (0.0, 0.0)), 2 * count + 1)
     rows.append(
         ratio_row("closing holes over leaving them", random["closing holes"], random["leaving holes"], GOAL_REORDER)
     )

@@ -14,6 +14,7 @@ import yaml
 import stretto
 from stretto.cli import application
 from stretto.core.errors import UserError
+from stretto.hardware import catalog
 
 ROOT = Path(__file__).parent.parent
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -36,6 +37,7 @@ YAML_BLOCKS = [
     for number, text in enumerate(blocks(document, "yaml"))
     if "kind" in yaml.safe_load(text)
 ]
+ADDING = ROOT / "docs" / "adding.md"
 PYTHON_BLOCKS = blocks(ROOT / "README.md", "python")
 COMMAND_LINES = [
     line
@@ -80,6 +82,34 @@ def test_python_in_the_readme_uses_what_exists(text: str) -> None:
     assert used <= set(stretto.__all__)
     for file in re.findall(r'"([\w/]+\.yaml)"', text):
         assert (ROOT / file).exists()
+
+
+def test_the_page_on_adding_is_true(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Python runs from top to bottom; what it registers is forgotten afterwards."""
+    from stretto.claims import registry
+    from stretto.serve.joining import JOININGS
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(registry, "_declared", dict(registry._declared))
+    before = dict(JOININGS)
+    try:
+        names: dict[str, Any] = {"__name__": "adding"}
+        for text in blocks(ADDING, "python"):
+            exec(compile(text, ADDING.name, "exec"), names)  # noqa: S102 (our own document)
+    finally:
+        JOININGS.clear()
+        JOININGS.update(before)
+    assert "shortest-answer joining" in capsys.readouterr().out
+    (row,) = [row for row in registry.run_claims("flover", quick=True) if row.name == "weight_read"]
+    assert row.verdict == "held"
+
+
+def test_the_device_on_the_page_on_adding_is_the_catalogs() -> None:
+    (text,) = blocks(ADDING, "yaml")
+    document = yaml.safe_load(text)
+    for name, fields in document["entries"].items():
+        sources = catalog._Sources("adding.md", document["sources"])
+        assert catalog._device(name, fields, sources) == catalog.device(name)
 
 
 def parse(line: str) -> dict[str, Any]:

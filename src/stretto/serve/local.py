@@ -79,6 +79,7 @@ def forward_rows(model: Model, cache: KVCache, rows: Sequence[Row], *, holes: in
         segments.append(Segment(len(tokens), len(row.tokens), row.start, row.table, yields))
         tokens.extend(row.tokens)
     for _ in range(holes):
-        segments.append(Segment(len(tokens), 1, 0, (cache.pages - 1,), 0))
+        segments.append(Segment(len(tokens), 1, 0, (cache.pages - 1,)))
         tokens.append(0)
-    return model.transformer.forward(torch.tensor(tokens, dtype=torch.int64), segments, cache)
+    logits = model.transformer.forward(torch.tensor(tokens, dtype=torch.int64), segments, cache)
+    return logits[: len(logits) - holes]

@@ -1,0 +1,72 @@
+// Matrices kept in 4 or 8 bits, and products with them.
+//
+// A weight is d * q + m, with a scale d (and a minimum m, where there is one) for each output column and each group of inner
+// elements, both fp16 as in GGUF. Sixteen output columns make a panel and are the lanes of every vector; the inner dimension is
+// never split, and each row's sum runs in one order whatever the number of rows, columns and threads: group by group; within a
+// group, one chain for the high and one for the low parts of the activations.
+//
+// A panel is one stream: for each group sixteen d, sixteen m, then the weights, eight inner elements of sixteen columns in 64 (4 bits)
+// or 128 bytes (8 bits). Byte 4 c + i of the first 64 holds element i of column c, with 4 bits in the low half and element 4 + i in the
+// high half; with 8 bits elements 4 to 7 follow in the next 64.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace stretto {
+
+constexpr int kPanel = 16;
+
+struct Packed {
+    const uint8_t *data;
+    int64_t columns, inner;  // inner is a multiple of `group`
+    int group;               // a multiple of 32
+    int bits;                // 4 or 8
+    bool minimum;            // whether each group has an m; else m is -8 d (4 bits) or 0 (8 bits, signed)
+
+    int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
+    int64_t groups() const { return inner / group; }
+    int64_t group_bytes() const { return kPanel * 2 * (minimum ? 2 : 1) + int64_t(group) * kPanel * bits / 8; }
+    int64_t panel_bytes() const { return groups() * group_bytes(); }
+    int64_t bytes() const { return panels() * panel_bytes(); }
+};
+
+// How activations enter a product.
+enum class Path {
+    exact,  // as the sum of two bf16, high and low: 16 bits of the fraction
+    bf16,   // rounded to bf16
+    fast,   // in 8 bits, with a scale for each row and group
+};
+
+// Rows of activations made ready for products: a pool of bytes laid out row by row.
+struct Rows {
+    Path path;
+    int64_t count, inner;
+    int group;
+    uint8_t *data;
+
+    int64_t groups() const { return inner / group; }
+    // exact: high [inner] bf16, low [inner] bf16, sums [groups]; bf16: high, sums; fast: values [inner] int8, scales, sums [groups].
+    // Within four neighbours bf16 values lie in the order 0, 2, 1, 3.
+    int64_t values_bytes() const { return path == Path::exact ? 4 * inner : path == Path::bf16 ? 2 * inner : inner; }
+    int64_t row_bytes() const {
+        const int64_t bytes = values_bytes() + groups() * 4 * (path == Path::fast ? 2 : 1);
+        return (bytes + 63) / 64 * 64;
+    }
+    uint8_t *row(int64_t i) const { return data + i * row_bytes(); }
+};
+
+struct Level;  // the kernels of one level of instructions
+
+struct Kernels {
+    // Make one row ready: x [inner of the caller], zeros behind it up to rows.inner.
+    void (*prepare)(const Rows &rows, int64_t row, const float *x, int64_t length);
+    // out[r][c] (+)= row r . column c for all rows and the columns of panels [first, last); `out` has `stride` floats a row.
+    void (*multiply)(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add);
+};
+
+// The kernels of a level: "avx512bf16" (which needs AVX-512 BF16 and VNNI), or "plain" for any machine.
+const Kernels &packed_kernels(const std::string &level);
+
+}  // namespace stretto
