@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention.hpp"
 #include "levels.hpp"
 #include "simd.hpp"
 #include "team.hpp"
@@ -22,21 +23,11 @@ using namespace stretto;
 
 namespace {
 
-constexpr int kBlock = 64;       // scores held at once; a multiple of every number of lanes
+constexpr int kBlock = 64;       // positions whose scores are held at once, wherever pages end; a multiple of every number of lanes
 constexpr int kMostQueries = 4;  // queries of one KV head that share a read of its keys
 constexpr int64_t kShared = 512; // tokens of all rows and KV heads below which a second thread costs more than it saves
 
-struct Call {
-    const void *query;     // [rows, heads, D], `row_stride` elements from row to row
-    int64_t row_stride;
-    const void *cache;     // [pages, 2 * kv_heads, page_tokens, D]: key heads of a page, then its value heads
-    const int64_t *table;  // [rows, table_width]
-    int64_t table_width;
-    const int64_t *length;  // [rows], at least 1
-    void *out;              // [rows, heads, D]
-    int64_t rows, kv_heads, group, page_tokens, dim;
-    bool is_bf16;
-};
+using Call = AttentionCall;
 
 // Asks for one token's DIM elements ahead of their use: runs are too short for the hardware to see them coming.
 template <int DIM, typename T>
@@ -72,6 +63,7 @@ STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t 
     const T *query = static_cast<const T *>(call.query) + row * call.row_stride + first * DIM;
     const int64_t *table = call.table + row * call.table_width;
     const int64_t length = call.length[row], page_tokens = call.page_tokens, heads = 2 * call.kv_heads;
+    const int64_t to_values = call.kv_heads * page_tokens * DIM;  // from a key to its value
     const float scale = 1.0f / std::sqrt(static_cast<float>(DIM));
 
     Vector q[QUERIES][kParts], mixed[QUERIES][kParts];
@@ -90,21 +82,23 @@ STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t 
     }
 
     for (int64_t at = 0; at < length;) {
-        const int64_t offset = at % page_tokens, page = table[at / page_tokens];
-        const int64_t left = std::min(length - at, page_tokens - offset);
-        const int count = static_cast<int>(std::min<int64_t>(left, kBlock));
-        const T *keys = cache + ((page * heads + head) * page_tokens + offset) * DIM;
-        const T *values = cache + ((page * heads + call.kv_heads + head) * page_tokens + offset) * DIM;
-
-        const T *next = next_keys<T, DIM>(call, keys, row, head, at + count);
+        const int count = static_cast<int>(std::min<int64_t>(length - at, kBlock));
+        const T *keys[kBlock];
+        for (int i = 0; i < count;) {
+            const int64_t offset = (at + i) % page_tokens, page = table[(at + i) / page_tokens];
+            const int end = static_cast<int>(std::min<int64_t>(count, i + page_tokens - offset));
+            const T *key = cache + ((page * heads + head) * page_tokens + offset) * DIM;
+            for (; i < end; i++, key += DIM) keys[i] = key;
+        }
+        const T *next = next_keys<T, DIM>(call, keys[0], row, head, at + count);
 
         const int padded = (count + LANES - 1) / LANES * LANES;
         for (int i = 0; i < padded; i += LANES) {
             Vector dots[QUERIES][LANES];
             for (int t = 0; t < LANES; t++) {
                 const int token = std::min(i + t, count - 1);
-                const T *key = keys + token * DIM;
-                fetch<DIM>(values + token * DIM);
+                const T *key = keys[token];
+                fetch<DIM>(key + to_values);
                 Vector k[kParts];
                 if constexpr (DOTS) {
                     for (int j = 0; j < kParts / 2; j++) std::memcpy(&k[j], key + 2 * j * LANES, sizeof k[j]);
@@ -145,7 +139,7 @@ STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t 
         for (int i = 0; i < count; i++) {
             fetch<DIM>(next + i * DIM);
             for (int j = 0; j < kParts; j++) {
-                const Vector v = S::load(values + i * DIM + j * LANES);
+                const Vector v = S::load(keys[i] + to_values + j * LANES);
                 for (int g = 0; g < QUERIES; g++) mixed[g][j] += v * score[g][i];
             }
         }
@@ -198,8 +192,6 @@ STRETTO_INLINE void attend_type(const Call &call, int64_t row, int64_t head) {
     }
 }
 
-using Head = void (*)(const Call &, int64_t row, int64_t head);
-
 #if defined(__x86_64__)
 STRETTO_TARGET_AVX512 void attend_avx512bf16(const Call &c, int64_t r, int64_t h) { attend_type<16, true>(c, r, h); }
 STRETTO_TARGET_AVX512 void attend_avx512(const Call &c, int64_t r, int64_t h) { attend_type<16, false>(c, r, h); }
@@ -207,7 +199,11 @@ STRETTO_TARGET_AVX2 void attend_avx2(const Call &c, int64_t r, int64_t h) { atte
 #endif
 void attend_plain(const Call &c, int64_t r, int64_t h) { attend_type<4, false>(c, r, h); }
 
-Head kernel(const std::string &level) {
+}  // namespace
+
+namespace stretto {
+
+AttendHead attention_kernel(const std::string &level) {
 #if defined(__x86_64__)
     if (level == "avx512bf16") return attend_avx512bf16;
     if (level == "avx512") return attend_avx512;
@@ -217,7 +213,11 @@ Head kernel(const std::string &level) {
     throw std::invalid_argument("level " + level + " is not known here");
 }
 
-bool has_kernel(int64_t dim) { return dim == 16 || dim == 32 || dim == 64 || dim == 80 || dim == 96 || dim == 128; }
+bool attention_has(int64_t dim) { return dim == 16 || dim == 32 || dim == 64 || dim == 80 || dim == 96 || dim == 128; }
+
+}  // namespace stretto
+
+namespace {
 
 void decode_attention(const std::string &level, int threads, uintptr_t query, int64_t row_stride, uintptr_t cache,
                       uintptr_t table, int64_t table_width, uintptr_t length, uintptr_t out, int64_t rows,
@@ -235,8 +235,8 @@ void decode_attention(const std::string &level, int threads, uintptr_t query, in
                     page_tokens,
                     dim,
                     is_bf16};
-    const Head attend = kernel(level);
-    if (!has_kernel(dim)) throw std::invalid_argument("head_dim " + std::to_string(dim) + " has no kernel");
+    const AttendHead attend = attention_kernel(level);
+    if (!attention_has(dim)) throw std::invalid_argument("head_dim " + std::to_string(dim) + " has no kernel");
     nb::gil_scoped_release release;
     const int64_t tokens = std::accumulate(call.length, call.length + rows, int64_t{0});
     const bool small = tokens * kv_heads < kShared;

@@ -34,30 +34,45 @@ struct Packed {
 
 // How activations enter a product.
 enum class Path {
-    exact,  // as the sum of two bf16, high and low: 16 bits of the fraction
+    exact,  // in 24 bits of the largest of a group: fp32 for all that matters
     bf16,   // rounded to bf16
-    fast,   // in 8 bits, with a scale for each row and group
+    fast,   // in 8 bits of the largest of a group
 };
 
-// Rows of activations made ready for products: a pool of bytes laid out row by row.
+// What a row of activations is made into. Whole numbers are products of bytes: inside a group their sums have no error at all.
+enum class Form {
+    planes,  // three signed bytes an element, the most significant first, and a scale for each group
+    halves,  // bf16
+    bytes,   // one signed byte, and a scale for each group
+};
+
+// 8-bit weights are no small bf16 numbers, so rounded activations meet them in planes too.
+inline Form form_of(Path path, int bits) {
+    if (path == Path::fast) return Form::bytes;
+    return path == Path::exact || bits == 8 ? Form::planes : Form::halves;
+}
+
+// Rows of activations made ready for products with weights of one kind.
 struct Rows {
-    Path path;
+    Form form;
+    bool rounded;  // to bf16 beforehand
     int64_t count, inner;
     int group;
     uint8_t *data;
 
+    Rows(Path path, int64_t count, const Packed &w, uint8_t *data)
+        : form(form_of(path, w.bits)), rounded(path == Path::bf16), count(count), inner(w.inner), group(w.group), data(data) {}
+
     int64_t groups() const { return inner / group; }
-    // exact: high [inner] bf16, low [inner] bf16, sums [groups]; bf16: high, sums; fast: values [inner] int8, scales, sums [groups].
-    // Within four neighbours bf16 values lie in the order 0, 2, 1, 3.
-    int64_t values_bytes() const { return path == Path::exact ? 4 * inner : path == Path::bf16 ? 2 * inner : inner; }
+    // The values, plane by plane; then for each group a scale (but for halves) and the sum of what the values stand for. Within four
+    // neighbours halves lie in the order 0, 2, 1, 3.
+    int64_t values_bytes() const { return inner * (form == Form::planes ? 3 : form == Form::halves ? 2 : 1); }
     int64_t row_bytes() const {
-        const int64_t bytes = values_bytes() + groups() * 4 * (path == Path::fast ? 2 : 1);
+        const int64_t bytes = values_bytes() + groups() * 4 * (form == Form::halves ? 1 : 2);
         return (bytes + 63) / 64 * 64;
     }
     uint8_t *row(int64_t i) const { return data + i * row_bytes(); }
 };
-
-struct Level;  // the kernels of one level of instructions
 
 struct Kernels {
     // Make one row ready: x [inner of the caller], zeros behind it up to rows.inner.

@@ -31,3 +31,49 @@ def gated_silu(level: str, threads: int, both: int, out: int, rows: int, width: 
 def scatter(
     threads: int, source: int, row_stride: int, cache: int, to: int, rows: int, count: int, size: int
 ) -> None: ...
+
+class Packed:
+    def __init__(self, data: int, columns: int, inner: int, group: int, bits: int, minimum: bool) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+
+def pack(packed: Packed, values: int, scales: int, minima: int) -> None: ...
+def pack_gguf(packed: Packed, blocks: int) -> None: ...
+def packed_multiply(
+    level: str, path: str, threads: int, packed: Packed, x: int, rows: int, length: int, out: int
+) -> None: ...
+
+class Decoder:
+    def __init__(
+        self, hidden: int, heads: int, kv_heads: int, dim: int, ffn: int, vocab: int, epsilon: float
+    ) -> None: ...
+    def add_layer(
+        self,
+        qkv: Packed,
+        out: Packed,
+        gate_up: Packed,
+        down: Packed,
+        norm_attention: int,
+        norm_mlp: int,
+        bias: int,
+        qk_norm: int,
+    ) -> None: ...
+    def set_head(self, head: Packed, norm: int) -> None: ...
+    def forward(
+        self,
+        level: str,
+        path: str,
+        threads: int,
+        x: int,
+        rows: int,
+        turns: int,
+        lengths: int,
+        tables: int,
+        table_width: int,
+        caches: list[int],
+        page_tokens: int,
+        cache_is_bf16: bool,
+        wanted: int,
+        num_wanted: int,
+        logits: int,
+    ) -> None: ...

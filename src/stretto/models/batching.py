@@ -111,7 +111,7 @@ def plan_pass(segments: Sequence[Segment], cache: KVCache) -> PassPlan:
     """Lay out a pass over `segments`; `ValueError` when rows or pages do not fit together."""
     import torch
 
-    _check(segments, cache)
+    check_segments(segments, cache)
     decode = [s for s in segments if s.new_tokens == 1]
     prefill = [s for s in segments if s.new_tokens > 1]
     ordered = [*decode, *prefill]
@@ -128,7 +128,7 @@ def plan_pass(segments: Sequence[Segment], cache: KVCache) -> PassPlan:
     )
 
 
-def _check(segments: Sequence[Segment], cache: KVCache) -> None:
+def check_segments(segments: Sequence[Segment], cache: KVCache) -> None:
     row = 0
     for segment in segments:
         require(segment.first_row == row, "first_row", segment.first_row, f"{row}, as rows follow one another")

@@ -1,0 +1,29 @@
+// Attention of single rows over a paged KV cache, for whoever runs it row by row and KV head by KV head.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace stretto {
+
+struct AttentionCall {
+    const void *query;     // [rows, heads, D], `row_stride` elements from row to row
+    int64_t row_stride;
+    const void *cache;     // [pages, 2 * kv_heads, page_tokens, D]: key heads of a page, then its value heads
+    const int64_t *table;  // [rows, table_width]
+    int64_t table_width;
+    const int64_t *length;  // [rows], at least 1
+    void *out;              // [rows, heads, D]
+    int64_t rows, kv_heads, group, page_tokens, dim;
+    bool is_bf16;
+};
+
+using AttendHead = void (*)(const AttentionCall &, int64_t row, int64_t head);
+
+// The kernel of a level of instructions; throws std::invalid_argument for an unknown one.
+AttendHead attention_kernel(const std::string &level);
+
+// Whether there is a kernel for heads of this width.
+bool attention_has(int64_t dim);
+
+}  // namespace stretto

@@ -1,0 +1,165 @@
+"""Matrices kept in 4 or 8 bits, and products with them, on the CPU.
+
+A weight is d * q + m: a scale d (and where there is one, a minimum m) for each output column and each group of
+inner elements, in fp16, as GGUF's blocks have them; the layout in memory is described in
+`native/kernels/packed.hpp`. The aim is that of MARLIN (Frantar et al., 2024): one stream of packed weights that is
+unpacked once for all rows, so that speed is bounded by memory as long as possible.
+
+Activations enter a product in one of three ways: "exact" as whole numbers of 24 bits with a scale for each row and
+group (three products of bytes, with errors as fp32 has them), "bf16" rounded to it, "fast" as whole numbers of 8
+bits. A row's sums run in one order, whatever the number of rows, columns and threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from stretto.core.errors import require
+from stretto.kernels import _native
+from stretto.kernels.attention import BEST_LEVEL
+
+if TYPE_CHECKING:
+    import torch
+
+Path = Literal["exact", "bf16", "fast"]
+PATHS: tuple[Path, ...] = ("exact", "bf16", "fast")
+PACKED_LEVELS = ("avx512bf16", "plain")
+"""Levels with products of their own; the others use the plain ones."""
+PANEL = 16
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix [columns, length] in panels; `data` is all there is of it.
+
+    Attributes:
+        data: uint8, aligned to 64 bytes.
+        columns, length: its shape; inner elements are padded to whole groups with zeros.
+        group: inner elements that share a scale; a multiple of 32.
+        bits: 4 or 8.
+        minimum: whether groups have a minimum; else 4-bit values have 8 subtracted and 8-bit ones are signed.
+    """
+
+    data: torch.Tensor
+    columns: int
+    length: int
+    group: int
+    bits: int
+    minimum: bool
+
+    @property
+    def inner(self) -> int:
+        return -(-self.length // self.group) * self.group
+
+    @property
+    def native(self) -> _native.Packed:
+        """What native calls take; it does not keep `data` alive."""
+        return _native.Packed(self.data.data_ptr(), self.columns, self.inner, self.group, self.bits, self.minimum)
+
+    def multiply(
+        self, x: torch.Tensor, *, path: Path = "exact", threads: int = 1, level: str = BEST_LEVEL
+    ) -> torch.Tensor:
+        """x [rows, length], contiguous fp32, times the matrix: fp32 [rows, columns]."""
+        require(x.ndim == 2 and x.shape[1] == self.length, "x", tuple(x.shape), f"[rows, {self.length}]")
+        require(x.is_contiguous() and x.element_size() == 4, "x", x.dtype, "contiguous fp32")
+        require(path in PATHS, "path", path, f"one of {', '.join(PATHS)}")
+        out = x.new_empty(len(x), self.columns)
+        if len(x):
+            _native.packed_multiply(
+                level, path, threads, self.native, x.data_ptr(), len(x), self.length, out.data_ptr()
+            )
+        return out
+
+    def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What was packed: values uint8 [columns, inner], scales and minima fp16 [columns, groups]."""
+        import torch
+
+        panels = -(-self.columns // PANEL)
+        groups = self.inner // self.group
+        numbers = PANEL * 2 * (2 if self.minimum else 1)
+        whole = self.data.view(panels, groups, -1)
+        halves = whole[:, :, :numbers].contiguous().view(torch.float16).view(panels, groups, -1, PANEL)
+        found = halves.permute(2, 0, 3, 1).reshape(-1, panels * PANEL, groups)[:, : self.columns]
+        values = whole[:, :, numbers:].reshape(panels, groups, -1, PANEL, 4)
+        if self.bits == 4:
+            values = torch.stack([values & 15, values >> 4], dim=3)
+        else:
+            values = values[:, :, :, None]
+        values = values.permute(0, 4, 1, 2, 3, 5).reshape(panels * PANEL, self.inner)[: self.columns]
+        return values, found[0], found[1] if self.minimum else None
+
+    def dequantize(self) -> torch.Tensor:
+        """The matrix in fp32, [columns, length]."""
+        values, scales, minima = self.unpack()
+        grouped = values.view(self.columns, -1, self.group).float()
+        scale = scales.float()[..., None]
+        if minima is not None:
+            whole = grouped * scale + minima.float()[..., None]
+        else:
+            whole = (grouped - (8 if self.bits == 4 else 128)) * scale
+        return whole.view(self.columns, -1)[:, : self.length]
+
+
+def pack(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None = None,
+    *,
+    bits: int,
+    length: int | None = None,
+) -> PackedMatrix:
+    """Pack quantised values.
+
+    Args:
+        values: uint8 [columns, inner]; 8-bit ones have 128 added, 4-bit ones without minima 8.
+        scales: fp16 [columns, groups]; inner / groups is the group, a multiple of 32.
+        minima: fp16, as scales; for 4 bits alone.
+        length: inner elements that are real, all if None.
+    """
+    columns, inner = values.shape
+    group = inner // scales.shape[1]
+    require(bits in (4, 8), "bits", bits, "4 or 8")
+    require(
+        group % 32 == 0 and group * scales.shape[1] == inner, "scales", tuple(scales.shape), "groups of 32, 64, ..."
+    )
+    require(minima is None or bits == 4, "minima", "given", "for 4 bits alone")
+    packed = _empty(columns, length or inner, group, bits, minima is not None)
+    low = minima.contiguous().data_ptr() if minima is not None else 0
+    _native.pack(packed.native, values.contiguous().data_ptr(), scales.contiguous().data_ptr(), low)
+    return packed
+
+
+def pack_gguf(blocks: memoryview, shape: tuple[int, int], name: str) -> PackedMatrix:
+    """A tensor of format "Q4_0", "Q4_1" or "Q8_0" as its blocks lie in the file, kept as it is to the last bit."""
+    import torch
+
+    bits = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}[name]
+    packed = _empty(*shape, 32, bits, name == "Q4_1")
+    _native.pack_gguf(packed.native, torch.frombuffer(blocks, dtype=torch.uint8).data_ptr())
+    return packed
+
+
+def concatenate(parts: list[PackedMatrix]) -> PackedMatrix:
+    """The columns of several matrices of one kind, one after another; all but the last must have whole panels."""
+    import torch
+
+    first = parts[0]
+    kinds = {(p.length, p.group, p.bits, p.minimum) for p in parts}
+    require(len(kinds) == 1, "parts", kinds, "of one length, group and number of bits")
+    require(all(p.columns % PANEL == 0 for p in parts[:-1]), "columns", [p.columns for p in parts], "whole panels")
+    columns = sum(p.columns for p in parts)
+    whole = _empty(columns, first.length, first.group, first.bits, first.minimum)
+    torch.cat([p.data for p in parts], out=whole.data)
+    return whole
+
+
+def _empty(columns: int, length: int, group: int, bits: int, minimum: bool) -> PackedMatrix:
+    import torch
+
+    inner = -(-length // group) * group
+    panels = -(-columns // PANEL)
+    size = panels * (inner // group) * (PANEL * 2 * (2 if minimum else 1) + group * PANEL * bits // 8)
+    room = torch.empty(size + 64, dtype=torch.uint8)
+    start = -room.data_ptr() % 64
+    return PackedMatrix(room[start : start + size], columns, length, group, bits, minimum)

@@ -1,0 +1,210 @@
+"""The decoder in one native call a pass, over weights that stay packed.
+
+What `transformer.py` does in torch, operation by operation, this does in `native/kernels/decoder.cpp`: the same
+interface, the same paged KV cache, for models of the Llama family whose matrices lie in blocks of 4 or 8 bits. A
+row's results depend on that row alone, to the last bit, whoever shares the pass, however its prompt was cut and
+however many threads there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from stretto.core.errors import UserError
+from stretto.kernels import _native
+from stretto.kernels.attention import BEST_LEVEL, HEAD_DIMS
+from stretto.kernels.packed import PANEL, PackedMatrix, Path, concatenate, pack_gguf
+from stretto.models.batching import Segment, check_segments
+from stretto.models.kv_cache import KVCache
+from stretto.models.quantized import PackedTensor
+from stretto.models.spec import ModelSpec
+from stretto.models.transformer import rope_frequencies
+from stretto.models.weights import ROPE_DIVISORS, Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PACKED_FORMATS = ("Q4_0", "Q4_1", "Q8_0")
+
+
+class FusedDecoder:
+    """A model ready to run; made by `build_fused`, used through `forward` as a `Transformer` is.
+
+    Attributes:
+        dtype: the type of the KV cache.
+        path: how activations enter products; see `kernels.packed`.
+    """
+
+    def __init__(self, spec: ModelSpec, parts: _Parts, *, path: Path, dtype: torch.dtype, threads: int) -> None:
+        self.spec = spec
+        self.path = path
+        self.dtype = dtype
+        self.threads = threads
+        self._parts = parts  # native calls hold addresses into these
+        self._decoder = parts.decoder()
+
+    def new_cache(self, *, pages: int, page_tokens: int) -> KVCache:
+        """An empty cache of this model's type."""
+        return KVCache(self.spec, pages=pages, page_tokens=page_tokens, dtype=self.dtype)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        segments: Sequence[Segment],
+        cache: KVCache,
+        timer: Callable[[str], None] | None = None,
+        *,
+        level: str = BEST_LEVEL,
+    ) -> torch.Tensor:
+        """See `Transformer.forward`; `timer` is told of "plan" and of "pass"."""
+        check_segments(segments, cache)
+        rows = sum(segment.new_tokens for segment in segments)
+        if len(tokens) != rows:
+            raise ValueError(f"tokens has {len(tokens)} rows; the segments have {rows}")
+        lengths, tables, wanted = _lay_out(segments, cache.page_tokens)
+        positions = torch.from_numpy(lengths - 1).float()
+        turns = torch.polar(torch.tensor(1.0), positions[:, None] * self._parts.frequencies)
+        x = self._parts.embed(tokens)
+        logits = torch.empty(len(wanted), self.spec.vocab)
+        if timer:
+            timer("plan")
+        self._decoder.forward(
+            level,
+            self.path,
+            torch.get_num_threads(),
+            x.data_ptr(),
+            rows,
+            turns.data_ptr(),
+            lengths.ctypes.data,
+            tables.ctypes.data,
+            tables.shape[1],
+            [layer.data_ptr() for layer in cache.layers],
+            cache.page_tokens,
+            cache.dtype == torch.bfloat16,
+            wanted.ctypes.data,
+            len(wanted),
+            logits.data_ptr(),
+        )
+        if timer:
+            timer("pass")
+        return logits
+
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def _lay_out(segments: Sequence[Segment], page_tokens: int) -> tuple[Ints, Ints, Ints]:
+    """Context length and block table of each row, and the rows whose logits are wanted."""
+    width = max(-(-segment.context // page_tokens) for segment in segments)
+    rows = sum(segment.new_tokens for segment in segments)
+    lengths, tables = np.empty(rows, np.int64), np.zeros((rows, width), np.int64)
+    wanted: list[int] = []
+    for segment in segments:
+        first, last = segment.first_row, segment.first_row + segment.new_tokens
+        pages = -(-segment.context // page_tokens)
+        lengths[first:last] = np.arange(segment.cached + 1, segment.context + 1)
+        tables[first:last, :pages] = segment.pages[:pages]
+        wanted.extend(range(last - segment.logit_rows, last))
+    return lengths, tables, np.asarray(wanted, np.int64)
+
+
+class _Parts:
+    """The packed matrices, the norms and the embedding of a model."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.layers = [self._layer(index) for index in range(spec.layers)]
+        name = "model.embed_tokens.weight"
+        self.head = self._matrix(name if spec.tied_embeddings else "lm_head.weight", spec.vocab, spec.hidden)
+        self.norm = weights.tensor("model.norm.weight", (spec.hidden,))
+        source = weights.sources[name]
+        table = None if isinstance(source, PackedTensor) else weights.tensor(name, (spec.vocab, spec.hidden))
+        self._table = table
+        self._rows = source.rows if isinstance(source, PackedTensor) else None
+        divisors = weights.tensor(ROPE_DIVISORS, (spec.head_dim // 2,)) if ROPE_DIVISORS in weights else None
+        self.frequencies = rope_frequencies(spec, divisors)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """New fp32 rows [len(tokens), hidden]."""
+        if self._rows is not None:
+            return self._rows(tokens)
+        assert self._table is not None
+        return self._table[tokens]
+
+    def decoder(self) -> _native.Decoder:
+        spec = self.spec
+        decoder = _native.Decoder(
+            spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn, spec.vocab, spec.norm_eps
+        )
+        for (qkv, out, gate_up, down), vectors in self.layers:
+            attention, mlp, bias, qk_norm = (0 if each is None else each.data_ptr() for each in vectors)
+            decoder.add_layer(qkv.native, out.native, gate_up.native, down.native, attention, mlp, bias, qk_norm)
+        decoder.set_head(self.head.native, self.norm.data_ptr())
+        return decoder
+
+    def _layer(self, index: int) -> tuple[tuple[PackedMatrix, ...], tuple[torch.Tensor | None, ...]]:
+        spec, at = self.spec, f"model.layers.{index}."
+        widths = {"q": spec.q_width, "k": spec.kv_width, "v": spec.kv_width}
+        qkv = [self._matrix(f"{at}self_attn.{n}_proj.weight", width, spec.hidden) for n, width in widths.items()]
+        gates = [self._matrix(f"{at}mlp.{n}_proj.weight", spec.ffn, spec.hidden) for n in ("gate", "up")]
+        matrices = (
+            concatenate(qkv),
+            self._matrix(at + "self_attn.o_proj.weight", spec.hidden, spec.q_width),
+            concatenate(gates),
+            self._matrix(at + "mlp.down_proj.weight", spec.hidden, spec.ffn),
+        )
+        bias = qk_norm = None
+        if spec.qkv_bias:
+            bias = torch.cat([self.weights.tensor(f"{at}self_attn.{n}_proj.bias", (w,)) for n, w in widths.items()])
+        if spec.qk_norm:
+            norms = [self.weights.tensor(f"{at}self_attn.{n}_norm.weight", (spec.head_dim,)) for n in "qk"]
+            qk_norm = torch.cat(norms)
+        attention = self.weights.tensor(at + "input_layernorm.weight", (spec.hidden,))
+        mlp = self.weights.tensor(at + "post_attention_layernorm.weight", (spec.hidden,))
+        return matrices, (attention, mlp, bias, qk_norm)
+
+    def _matrix(self, name: str, columns: int, inner: int) -> PackedMatrix:
+        source = self.weights.sources.get(name)
+        assert isinstance(source, PackedTensor)
+        if tuple(source.shape) != (columns, inner):
+            shape = tuple(source.shape)
+            raise UserError(
+                f"tensor {name} has shape {shape}", file=self.weights.file, right=f"expected {(columns, inner)}"
+            )
+        return pack_gguf(source.blocks, (columns, inner), source.format.name)
+
+
+def why_not_fused(spec: ModelSpec, weights: Weights) -> str | None:
+    """None if the fused decoder can run this model, else what stands in its way."""
+    if weights.rotary != "adjacent":
+        return "its query and key rows are laid out in halves"
+    if spec.head_dim not in HEAD_DIMS:
+        return f"there is no attention kernel for heads of {spec.head_dim}"
+    if spec.ffn % PANEL or spec.q_width % PANEL or spec.kv_width % PANEL:
+        return f"its widths are not multiples of {PANEL}"
+    kinds: dict[str, set[str]] = {}
+    for name, source in weights.sources.items():
+        if not name.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight")):
+            continue
+        if not isinstance(source, PackedTensor) or source.format.name not in PACKED_FORMATS:
+            return f"{name} is not in one of {', '.join(PACKED_FORMATS)}"
+        group = name.rsplit(".", 2)[0] + ("qkv" if any(f".{n}_proj." in name for n in "qkv") else "")
+        if "gate_proj" in name or "up_proj" in name or group.endswith("qkv"):
+            kinds.setdefault(group, set()).add(source.format.name)
+    mixed = [group for group, names in kinds.items() if len(names) > 1]
+    return f"{mixed[0]} mixes formats" if mixed else None
+
+
+def build_fused(spec: ModelSpec, weights: Weights, *, path: Path, dtype: torch.dtype, threads: int) -> FusedDecoder:
+    """Pack the weights; `UserError` says why if this model cannot run so."""
+    reason = why_not_fused(spec, weights)
+    if reason is not None:
+        raise UserError(f"cannot run by the fused decoder: {reason}", file=weights.file, right="leave out the path")
+    torch.set_num_threads(threads)
+    return FusedDecoder(spec, _Parts(spec, weights), path=path, dtype=dtype, threads=threads)

@@ -1,0 +1,167 @@
+"""Packed matrices and their products, against what they stand for, at every level of instructions this machine has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stretto.kernels.attention import BEST_LEVEL
+from stretto.kernels.packed import PACKED_LEVELS, PATHS, PackedMatrix, concatenate, pack
+
+AVAILABLE = PACKED_LEVELS if PACKED_LEVELS[0] == BEST_LEVEL else PACKED_LEVELS[1:]
+BOUND = {"exact": 1e-6, "bf16": 3e-3, "fast": 1e-2}
+KINDS = [(4, True), (4, False), (8, False)]
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 33, 64, 70)
+
+
+def matrix(columns: int, inner: int, group: int, bits: int, minimum: bool, seed: int = 0) -> PackedMatrix:
+    generator = torch.Generator().manual_seed(seed)
+    top = 1 << bits
+    values = torch.randint(0, top, (columns, inner), generator=generator, dtype=torch.int64).to(torch.uint8)
+    groups = inner // group
+    scales = (torch.rand(columns, groups, generator=generator) * 0.1).half()
+    minima = torch.randn(columns, groups, generator=generator).half() if minimum else None
+    return pack(values, scales, minima, bits=bits)
+
+
+def error(found: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> float:
+    wanted = x.double() @ weights.double().T
+    return float((found - wanted).abs().mean() / wanted.abs().mean())
+
+
+@pytest.mark.parametrize(("bits", "minimum"), KINDS)
+@pytest.mark.parametrize(
+    ("columns", "inner", "group"), [(1, 32, 32), (16, 64, 32), (70, 96, 32), (33, 256, 64), (48, 128, 128)]
+)
+def test_unpacking_gives_back_what_was_packed(columns: int, inner: int, group: int, bits: int, minimum: bool) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    values = torch.randint(0, 1 << bits, (columns, inner), generator=generator, dtype=torch.int64).to(torch.uint8)
+    scales = torch.randn(columns, inner // group, generator=generator).half()
+    minima = torch.randn(columns, inner // group, generator=generator).half() if minimum else None
+    packed = pack(values, scales, minima, bits=bits)
+    found = packed.unpack()
+    assert torch.equal(found[0], values)
+    assert torch.equal(found[1], scales)
+    assert (found[2] is None) == (minima is None)
+    if minima is not None:
+        assert torch.equal(found[2], minima)  # type: ignore[arg-type]
+    panels = -(-columns // 16)
+    numbers = panels * 16 * (inner // group) * 2 * (2 if minimum else 1)
+    assert packed.data.numel() == packed.native.bytes == panels * 16 * inner * bits // 8 + numbers
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("bits", "minimum"), KINDS)
+@pytest.mark.parametrize(("columns", "inner", "group"), [(70, 96, 32), (48, 256, 64), (16, 256, 256)])
+def test_products(level: str, path: str, bits: int, minimum: bool, columns: int, inner: int, group: int) -> None:
+    weights = matrix(columns, inner, group, bits, minimum)
+    whole = weights.dequantize()
+    for rows in ROWS:
+        x = torch.randn(rows, inner, generator=torch.Generator().manual_seed(rows))
+        found = weights.multiply(x, path=path, level=level)  # type: ignore[arg-type]
+        few = 2 if rows < 16 else 1  # the mean over a few sums is not the mean over many
+        assert error(found, x, whole) < few * BOUND[path]
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("bits", "minimum"), KINDS)
+def test_a_row_is_the_same_in_any_company_and_on_any_number_of_threads(
+    level: str, path: str, bits: int, minimum: bool
+) -> None:
+    weights = matrix(100, 192, 32, bits, minimum)
+    x = torch.randn(70, 192)
+    alone = torch.cat([weights.multiply(x[i : i + 1], path=path, level=level) for i in range(70)])  # type: ignore[arg-type]
+    for rows in ROWS:
+        for threads in (1, 2, 3):
+            found = weights.multiply(x[:rows].contiguous(), path=path, level=level, threads=threads)  # type: ignore[arg-type]
+            assert torch.equal(found, alone[:rows])
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("path", PATHS)
+def test_inner_elements_beyond_the_length_do_not_count(level: str, path: str) -> None:
+    whole = matrix(20, 128, 64, 4, True)
+    values, scales, minima = whole.unpack()
+    cut = pack(values, scales, minima, bits=4, length=100)
+    x = torch.randn(5, 100)
+    padded = torch.cat([x, torch.zeros(5, 28)], dim=1)
+    assert torch.equal(cut.multiply(x, path=path, level=level), whole.multiply(padded, path=path, level=level))  # type: ignore[arg-type]
+    assert cut.dequantize().shape == (20, 100)
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_not_finite_stays_in_its_row(level: str, path: str) -> None:
+    weights = matrix(32, 64, 32, 4, True)
+    x = torch.randn(6, 64)
+    clean = weights.multiply(x, path=path, level=level)  # type: ignore[arg-type]
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        spoilt = x.clone()
+        spoilt[2, 40] = wrong
+        found = weights.multiply(spoilt, path=path, level=level)  # type: ignore[arg-type]
+        assert not torch.isfinite(found[2]).any()
+        keep = [0, 1, 3, 4, 5]
+        assert torch.equal(found[keep], clean[keep])
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("path", PATHS)
+def test_zeros_tiny_and_huge_activations(level: str, path: str) -> None:
+    weights = matrix(32, 64, 32, 4, True)
+    whole = weights.dequantize()
+    x = torch.randn(4, 64)
+    x[0] = 0.0
+    x[1] *= 1e-30
+    x[2] *= 1e30
+    x[3, :32] *= 1e-41  # a group of numbers too small for a scale counts as zero
+    found = weights.multiply(x, path=path, level=level)  # type: ignore[arg-type]
+    assert torch.equal(found[0], torch.zeros(32))
+    for row in (1, 2, 3):
+        assert error(found[row : row + 1], x[row : row + 1], whole) < 4 * BOUND[path]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_levels_agree(path: str) -> None:
+    weights = matrix(48, 96, 32, 4, True)
+    x = torch.randn(7, 96)
+    found = [weights.multiply(x, path=path, level=level) for level in AVAILABLE]  # type: ignore[arg-type]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-5)
+
+
+def test_eight_bit_activations_are_exact_in_whole_numbers() -> None:
+    """Activations that are whole multiples of one scale lose nothing."""
+    weights = matrix(32, 64, 32, 4, False)
+    values, scales, _ = weights.unpack()
+    whole = torch.randint(-127, 128, (3, 64))
+    whole[:, 0] = whole[:, 32] = 127
+    found = weights.multiply(whole.float(), path="fast")
+    groups = (values.long().view(32, 2, 32) - 8) * whole.view(3, 1, 2, 32)
+    wanted = (groups.sum(-1).double() * scales.double()).sum(-1)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-3, rtol=1e-5)
+
+
+def test_concatenation_and_mistakes() -> None:
+    parts = [matrix(columns, 64, 32, 4, True, seed=columns) for columns in (16, 32, 20)]
+    whole = concatenate(parts)
+    x = torch.randn(3, 64)
+    assert torch.equal(whole.multiply(x), torch.cat([part.multiply(x) for part in parts], dim=1))
+    with pytest.raises(ValueError, match="whole panels"):
+        concatenate([parts[2], parts[0]])
+    with pytest.raises(ValueError, match="one length"):
+        concatenate([parts[0], matrix(16, 96, 32, 4, True)])
+    with pytest.raises(ValueError, match=r"\[rows, 64\]"):
+        parts[0].multiply(torch.randn(2, 63))
+    with pytest.raises(ValueError, match="contiguous fp32"):
+        parts[0].multiply(torch.randn(64, 2).T)
+    with pytest.raises(ValueError, match="path"):
+        parts[0].multiply(x, path="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="groups of 32"):
+        pack(torch.zeros(16, 48, dtype=torch.uint8), torch.zeros(16, 1).half(), bits=4)
+    with pytest.raises(ValueError, match="for 4 bits alone"):
+        pack(torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(16, 1).half(), torch.zeros(16, 1).half(), bits=8)
+    with pytest.raises(ValueError, match="level mmx"):
+        parts[0].multiply(x, level="mmx")
+    assert parts[0].multiply(torch.empty(0, 64)).shape == (0, 16)

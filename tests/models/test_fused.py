@@ -1,0 +1,113 @@
+"""The fused decoder against the torch one, and against itself: the same bits in any company, cut and team."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from stretto.core.errors import UserError  # noqa: E402
+from stretto.models.batching import Segment  # noqa: E402
+from stretto.models.fused import FusedDecoder, build_fused, why_not_fused  # noqa: E402
+from stretto.models.load import Model, load_model, open_model  # noqa: E402
+
+TEXT = (
+    "The history of the printing press begins long before its famous inventor set his first line of type. Paper had "
+    "come from the east along the roads of trade, and with it came the idea that a page could be pressed."
+)
+PATHS = ["exact", "bf16", "fast"]
+BOUND = {"exact": 2e-3, "bf16": 2.0, "fast": 3.0}
+
+
+@pytest.fixture(scope="module")
+def model(packaged: Path) -> Model:
+    return load_model(str(packaged), threads=1)
+
+
+@pytest.fixture(scope="module")
+def ids(model: Model) -> list[int]:
+    return model.tokenizer.encode(TEXT)[:40]
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def fused(packaged: Path, request: pytest.FixtureRequest) -> FusedDecoder:
+    files = open_model(str(packaged))
+    dtype = torch.float32 if request.param == "exact" else torch.bfloat16
+    return build_fused(files.spec, files.weights, path=request.param, dtype=dtype, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def logits_of(decoder: FusedDecoder, ids: Sequence[int], cuts: Sequence[int], page_tokens: int) -> torch.Tensor:
+    """Logits after every token, the text given in pieces of these lengths, on scattered pages."""
+    pages = -(-len(ids) // page_tokens)
+    table = [2 * pages - 2 * i for i in range(pages)]
+    cache = decoder.new_cache(pages=2 * pages + 1, page_tokens=page_tokens)
+    found, at = [], 0
+    for count in cuts:
+        found.append(
+            decoder.forward(torch.tensor(ids[at : at + count]), [Segment(0, count, at, tuple(table), count)], cache)
+        )
+        at += count
+    assert at == len(ids)
+    return torch.cat(found)
+
+
+def test_logits_are_those_of_the_torch_decoder(model: Model, fused: FusedDecoder, ids: list[int]) -> None:
+    cache = model.transformer.new_cache(pages=1, page_tokens=64)
+    wanted = model.transformer.forward(torch.tensor(ids), [Segment(0, len(ids), 0, (0,), len(ids))], cache)
+    found = logits_of(fused, ids, [len(ids)], 64)
+    assert (found - wanted).abs().max() < BOUND[fused.path]
+    if fused.path == "exact":
+        assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+
+
+@pytest.mark.parametrize("cuts", [[1] * 40, [16, 16, 8], [39, 1], [1, 30, 9], [7, 1, 1, 31]])
+@pytest.mark.parametrize("page_tokens", [5, 16, 64])
+def test_cuts_and_pages_change_no_bit(fused: FusedDecoder, ids: list[int], cuts: list[int], page_tokens: int) -> None:
+    assert torch.equal(logits_of(fused, ids, cuts, page_tokens), logits_of(fused, ids, [40], 64))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_changes_no_bit(fused: FusedDecoder, ids: list[int], threads: int) -> None:
+    wanted = logits_of(fused, ids, [30, 10], 16)
+    torch.set_num_threads(threads)
+    assert torch.equal(logits_of(fused, ids, [30, 10], 16), wanted)
+
+
+def test_company_changes_no_bit(fused: FusedDecoder, ids: list[int]) -> None:
+    """Twenty sequences at different places, a prompt among them: each row as if alone."""
+    lengths = [1 + (7 * i) % 30 for i in range(20)]
+    cache = fused.new_cache(pages=21, page_tokens=64)
+    for i, length in enumerate(lengths):
+        fused.forward(torch.tensor(ids[:length]), [Segment(0, length, 0, (i,), 0)], cache)
+    segments = [Segment(i, 1, length, (i,)) for i, length in enumerate(lengths)]
+    segments.append(Segment(20, 12, 0, (20,)))
+    tokens = [ids[length] for length in lengths] + ids[:12]
+    together = fused.forward(torch.tensor(tokens), segments, cache)
+    alone = [logits_of(fused, ids[: length + 1], [length, 1], 64)[-1] for length in [*lengths, 11]]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_only_wanted_rows_have_logits_and_mistakes_are_named(fused: FusedDecoder, ids: list[int]) -> None:
+    cache = fused.new_cache(pages=2, page_tokens=64)
+    assert fused.forward(torch.tensor(ids[:5]), [Segment(0, 5, 0, (0,), 0)], cache).shape == (0, fused.spec.vocab)
+    with pytest.raises(ValueError, match="2 rows"):
+        fused.forward(torch.tensor(ids[:2]), [Segment(0, 5, 0, (0,), 0)], cache)
+    with pytest.raises(ValueError, match="pages"):
+        fused.forward(torch.tensor(ids[:5]), [Segment(0, 5, 62, (0,), 0)], cache)
+
+
+def test_models_that_are_not_packed_are_refused_with_the_reason(saved: Path) -> None:
+    files = open_model(str(saved))
+    assert why_not_fused(files.spec, files.weights) is not None
+    with pytest.raises(UserError, match="fused decoder"):
+        build_fused(files.spec, files.weights, path="exact", dtype=torch.float32, threads=1)
