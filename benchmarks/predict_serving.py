@@ -31,7 +31,7 @@ GOAL_ERROR = 0.15
 SLOTS = (1, 2, 4, 7, 12, 16)
 CONTEXTS = (100, 1500)
 NEW_TOKENS = 32
-DTYPE = "bf16"
+DTYPE = PATH = "bf16"
 
 
 def job_of(context: int, slots: int, threads: int) -> ServeJob:
@@ -44,6 +44,7 @@ def job_of(context: int, slots: int, threads: int) -> ServeJob:
         max_new_tokens=NEW_TOKENS,
         ignore_eos=True,
         dtype=DTYPE,  # type: ignore[arg-type]
+        path=PATH,  # type: ignore[arg-type]
         slots=slots,
         threads=threads,
         joining="continuous",
@@ -55,7 +56,7 @@ def null_seconds(work: Workload, plan: ServePlan, device: Device) -> float:
     steps = -(-len(work.prompts) // plan.slots) * work.limit
     prompt_tokens = sum(map(len, work.prompts))
     flops = 2.0 * work.spec.parameters() * prompt_tokens
-    return steps * work.spec.weight_bytes(plan.dtype) / device.bandwidth + flops / device.peak(plan.dtype)
+    return steps * work.packed_bytes / device.bandwidth + flops / device.peak(plan.dtype)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def case(model: Model, context: int, slots: int, threads: int) -> Case:
 
 def measure(quick: bool) -> Sequence[harness.Row]:
     threads = next(iter(stretto.probe().devices().values())).units
-    model = load_model("default", dtype=DTYPE, threads=threads)
+    model = load_model("default", dtype=DTYPE, threads=threads, path=PATH)
     case(model, 100, 2, threads)
     rows, held = [], []
     for context in CONTEXTS:

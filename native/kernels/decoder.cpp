@@ -5,12 +5,14 @@
 // alone: not on which rows share the pass, nor on the number of threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -18,6 +20,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attention.hpp"
@@ -175,7 +178,8 @@ class Decoder {
     }
 
     // x [rows, hidden] is overwritten; see models/fused.py for the others.
-    void forward(const std::string &level, const std::string &path, int threads, uintptr_t x, int64_t rows, uintptr_t turns,
+    // Seconds of the products and what lies between them, of attention, and of the head.
+    std::tuple<double, double, double> forward(const std::string &level, const std::string &path, int threads, uintptr_t x, int64_t rows, uintptr_t turns,
                  uintptr_t lengths, uintptr_t tables, int64_t table_width, const std::vector<uintptr_t> &caches,
                  int64_t page_tokens, bool cache_is_bf16, uintptr_t wanted, int64_t num_wanted, uintptr_t logits) {
         if (static_cast<int64_t>(caches.size()) != static_cast<int64_t>(layers_.size())) {
@@ -197,6 +201,7 @@ class Decoder {
         run.allocate();
         Barrier barrier;
         together(threads, [&](int thread, int count) { run.walk(thread, count, barrier); });
+        return {run.total_s - run.attention_s - run.head_s, run.attention_s, run.head_s};
     }
 
   private:
@@ -232,6 +237,7 @@ class Decoder {
         uint16_t *query16 = nullptr, *mixed16 = nullptr;
         uint8_t *ready = nullptr;
         std::vector<std::atomic<int64_t>> taken;
+        double total_s = 0.0, attention_s = 0.0, head_s = 0.0;  // by the clock of thread 0
 
         Run(Decoder &d, const std::string &l, Path p, int64_t r) : decoder(d), level(l), path(p), rows(r), taken(d.layers_.size()) {}
 
@@ -266,6 +272,8 @@ class Decoder {
         void walk(int thread, int threads, Barrier &barrier) {
             const Shape &s = shape();
             std::vector<float> normed(static_cast<size_t>(std::max(s.hidden, q_width())));
+            const double began = now();
+            double mixing = 0.0;
             for (size_t i = 0; i < decoder.layers_.size(); i++) {
                 const Layer &layer = decoder.layers_[i];
                 norm_into(layer.qkv, layer.norm_attention, normed.data(), nullptr, rows, thread, threads);
@@ -275,8 +283,10 @@ class Decoder {
                 barrier.meet(threads);
                 place(layer, i, thread, threads);
                 barrier.meet(threads);
+                mixing -= now();
                 mix(i);
                 barrier.meet(threads);
+                mixing += now();
                 prepare_mixed(layer.out, normed.data(), thread, threads);
                 barrier.meet(threads);
                 multiply(layer.out, rows, x, s.hidden, true, thread, threads);
@@ -291,9 +301,18 @@ class Decoder {
                 multiply(layer.down, rows, x, s.hidden, true, thread, threads);
                 barrier.meet(threads);
             }
+            const double layers_done = now();
             norm_into(decoder.head_, decoder.norm_final_, normed.data(), wanted, num_wanted, thread, threads);
             barrier.meet(threads);
             multiply(decoder.head_, num_wanted, logits, s.vocab, false, thread, threads);
+            if (thread == 0) {
+                const double end = now();
+                total_s = end - began, attention_s = mixing, head_s = end - layers_done;
+            }
+        }
+
+        static double now() {
+            return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
         }
 
         void norm_into(const Packed &w, const float *weight, float *normed, const int64_t *which, int64_t count, int thread,

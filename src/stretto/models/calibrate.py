@@ -16,7 +16,7 @@ import numpy as np
 
 from stretto.hardware.table import Table
 from stretto.models.batching import Segment
-from stretto.models.passes import PassShape
+from stretto.models.passes import PassShape, pass_operations
 from stretto.models.thread import compute
 
 if TYPE_CHECKING:
@@ -50,15 +50,18 @@ PACE_S, PACE_ROUNDS = 0.6, 60
 """A pace is the mean over about so many seconds and at most so many rounds."""
 
 
-def pass_signature(spec: ModelSpec, dtype: str) -> str:
+def pass_signature(spec: ModelSpec, dtype: str, path: str = "torch") -> str:
     """The signature of what a pass costs besides its operations: laying it out, and calling the layers."""
-    return f"pass/{dtype}/layers{spec.layers}"
+    return f"pass/{dtype if path == 'torch' else path}/layers{spec.layers}"
 
 
-def is_calibrated(measured: Mapping[str, Table], spec: ModelSpec, dtype: str, threads: int) -> bool:
+def is_calibrated(
+    measured: Mapping[str, Table], spec: ModelSpec, dtype: str, threads: int, path: str = "torch"
+) -> bool:
     """Whether every operation of `spec` has its table."""
-    wanted = {op.signature for op in spec.operations(PassShape(new_tokens=(1, 2), cached=(8, 8)), dtype=dtype)}
-    return all(f"{name}@{threads}" in measured for name in (*wanted, pass_signature(spec, dtype)))
+    shape = PassShape(new_tokens=(1, 2), cached=(8, 8))
+    wanted = {op.signature for op in pass_operations(spec, shape, dtype=dtype, path=path)}
+    return all(f"{name}@{threads}" in measured for name in (*wanted, pass_signature(spec, dtype, path)))
 
 
 def calibrate(model: Model, *, threads: int, progress: Progress = lambda what, done, total: None) -> dict[str, Table]:
@@ -71,11 +74,12 @@ def calibrate(model: Model, *, threads: int, progress: Progress = lambda what, d
     points = [p for p in _grid() if _within(p, spec.max_positions) == p]
     cache = compute(_filled_cache, model)
     samples: dict[str, dict[tuple[float, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
-    what = f"measuring {model.dtype} on {threads} thread{'s' if threads > 1 else ''}"
+    kind = model.dtype if model.path == "torch" else model.path
+    what = f"measuring {kind} on {threads} thread{'s' if threads > 1 else ''}"
     reference = []
     for number, point in enumerate(points):
         for seconds in _timed(model, cache, point):
-            _note(samples, spec, model.dtype, point, seconds)
+            _note(samples, model, point, seconds)
         reference += [compute(_run, model, cache, REFERENCE)[""] for _ in range(2)]
         progress(what, number + 1, len(points))
     moves = TOLERANCE + _variation(reference)
@@ -109,8 +113,8 @@ def pace(
 
 def _said(model: Model, tables: Mapping[str, Table], threads: int, shape: PassShape) -> float:
     """Seconds of a pass by the tables."""
-    own = tables[f"{pass_signature(model.spec, model.dtype)}@{threads}"].at(float(shape.rows)).value
-    operations = model.spec.operations(shape, dtype=model.dtype)
+    own = tables[f"{pass_signature(model.spec, model.dtype, model.path)}@{threads}"].at(float(shape.rows)).value
+    operations = pass_operations(model.spec, shape, dtype=model.dtype, path=model.path)
     return own + sum(tables[f"{op.signature}@{threads}"].at(*op.at).value * op.count for op in operations)
 
 
@@ -195,25 +199,26 @@ def _run(model: Model, cache: KVCache, point: PassShape) -> dict[str, float]:
 
     model.transformer.forward(tokens, segments, cache, mark)
     seconds[""] = clock() - began
+    if model.path != "torch":
+        seconds |= model.transformer.seconds  # type: ignore[union-attr]
     return seconds
 
 
 def _note(
     samples: dict[str, dict[tuple[float, ...], list[float]]],
-    spec: ModelSpec,
-    dtype: str,
+    model: Model,
     point: PassShape,
     seconds: Mapping[str, float],
 ) -> None:
     """File one timed pass under the signatures of its operations; what belongs to none is the pass's own."""
     left = seconds[""]
-    for op in spec.operations(point, dtype=dtype):
+    for op in pass_operations(model.spec, point, dtype=model.dtype, path=model.path):
         spent = seconds.get(op.name, 0.0)
         left -= spent
         if op.name == "attention_decode" and len(point.new_tokens) not in DECODE_CONTEXTS:
             continue  # a row of the table needs more than one context
         samples[op.signature][op.at].append(max(spent / op.count, 1e-9))
-    samples[pass_signature(spec, dtype)][(float(point.rows),)].append(max(left, 1e-9))
+    samples[pass_signature(model.spec, model.dtype, model.path)][(float(point.rows),)].append(max(left, 1e-9))
 
 
 def _table(name: str, found: Mapping[tuple[float, ...], Sequence[float]], moves: float) -> Table:

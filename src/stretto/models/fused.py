@@ -16,10 +16,11 @@ import torch
 
 from stretto.core.errors import UserError
 from stretto.kernels import _native
-from stretto.kernels.attention import BEST_LEVEL, HEAD_DIMS
-from stretto.kernels.packed import PANEL, PackedMatrix, Path, concatenate, pack_gguf
+from stretto.kernels.attention import BEST_LEVEL
+from stretto.kernels.packed import PackedMatrix, Path, concatenate, pack_gguf
 from stretto.models.batching import Segment, check_segments
 from stretto.models.kv_cache import KVCache
+from stretto.models.packable import why_not_fused
 from stretto.models.quantized import PackedTensor
 from stretto.models.spec import ModelSpec
 from stretto.models.transformer import rope_frequencies
@@ -28,8 +29,6 @@ from stretto.models.weights import ROPE_DIVISORS, Weights
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PACKED_FORMATS = ("Q4_0", "Q4_1", "Q8_0")
-
 
 class FusedDecoder:
     """A model ready to run; made by `build_fused`, used through `forward` as a `Transformer` is.
@@ -37,6 +36,7 @@ class FusedDecoder:
     Attributes:
         dtype: the type of the KV cache.
         path: how activations enter products; see `kernels.packed`.
+        seconds: of the last pass, by the names of `passes.pass_operations`.
     """
 
     def __init__(self, spec: ModelSpec, parts: _Parts, *, path: Path, dtype: torch.dtype, threads: int) -> None:
@@ -44,6 +44,7 @@ class FusedDecoder:
         self.path = path
         self.dtype = dtype
         self.threads = threads
+        self.seconds: dict[str, float] = {}
         self._parts = parts  # native calls hold addresses into these
         self._decoder = parts.decoder()
 
@@ -73,7 +74,7 @@ class FusedDecoder:
         logits = torch.empty(len(wanted), self.spec.vocab)
         if timer:
             timer("plan")
-        self._decoder.forward(
+        products, attention, head = self._decoder.forward(
             level,
             self.path,
             torch.get_num_threads(),
@@ -90,6 +91,8 @@ class FusedDecoder:
             len(wanted),
             logits.data_ptr(),
         )
+        alone = "attention_prefill" if segments[0].new_tokens > 1 else "attention_decode"
+        self.seconds = {"products": products, alone: attention, "head": head}
         if timer:
             timer("pass")
         return logits
@@ -178,27 +181,6 @@ class _Parts:
                 f"tensor {name} has shape {shape}", file=self.weights.file, right=f"expected {(columns, inner)}"
             )
         return pack_gguf(source.blocks, (columns, inner), source.format.name)
-
-
-def why_not_fused(spec: ModelSpec, weights: Weights) -> str | None:
-    """None if the fused decoder can run this model, else what stands in its way."""
-    if weights.rotary != "adjacent":
-        return "its query and key rows are laid out in halves"
-    if spec.head_dim not in HEAD_DIMS:
-        return f"there is no attention kernel for heads of {spec.head_dim}"
-    if spec.ffn % PANEL or spec.q_width % PANEL or spec.kv_width % PANEL:
-        return f"its widths are not multiples of {PANEL}"
-    kinds: dict[str, set[str]] = {}
-    for name, source in weights.sources.items():
-        if not name.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight")):
-            continue
-        if not isinstance(source, PackedTensor) or source.format.name not in PACKED_FORMATS:
-            return f"{name} is not in one of {', '.join(PACKED_FORMATS)}"
-        group = name.rsplit(".", 2)[0] + ("qkv" if any(f".{n}_proj." in name for n in "qkv") else "")
-        if "gate_proj" in name or "up_proj" in name or group.endswith("qkv"):
-            kinds.setdefault(group, set()).add(source.format.name)
-    mixed = [group for group, names in kinds.items() if len(names) > 1]
-    return f"{mixed[0]} mixes formats" if mixed else None
 
 
 def build_fused(spec: ModelSpec, weights: Weights, *, path: Path, dtype: torch.dtype, threads: int) -> FusedDecoder:

@@ -18,10 +18,12 @@ from stretto.models.weights import Weights, gguf_weights, read_json, safetensors
 if TYPE_CHECKING:
     import torch
 
+    from stretto.models.fused import FusedDecoder
     from stretto.models.shard import Shard
     from stretto.models.transformer import Transformer
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+PATHS = ("torch", "exact", "bf16", "fast")
 ENVIRONMENT = {
     # Read by torch at its first large allocation: with huge pages the weights stream 1.2 to 1.6 times as
     # fast (31 against 23 GB/s in fp32, 35 against 21 in bf16 for the head) and are laid out in a third of
@@ -41,14 +43,16 @@ class Model:
 
     Attributes:
         name: as it was asked for.
-        dtype: "fp32" or "bf16", the type of its products and of its KV cache.
+        dtype: "fp32" or "bf16", the type of its products in torch and of its KV cache.
+        path: "torch", or how activations enter the products of the fused decoder: "exact", "bf16" or "fast".
     """
 
     name: str
     dtype: str
     spec: ModelSpec
     tokenizer: Tokenizer
-    transformer: Transformer
+    transformer: Transformer | FusedDecoder
+    path: str = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,12 @@ class ModelFiles:
 
 
 def load_model(
-    name_or_path: str, *, dtype: str = "fp32", threads: int | None = None, shard: Shard | None = None
+    name_or_path: str,
+    *,
+    dtype: str = "fp32",
+    threads: int | None = None,
+    shard: Shard | None = None,
+    path: str = "torch",
 ) -> Model:
     """Load a model ready to run on this CPU.
 
@@ -70,6 +79,7 @@ def load_model(
         dtype: "fp32" or "bf16".
         threads: CPU threads, which are set for the whole process as torch has one pool; all CPUs when None.
         shard: the rank whose part is loaded; the whole model when None.
+        path: "torch", or "exact", "bf16" or "fast" for the fused decoder on packed weights; see `models/fused.py`.
 
     Raises:
         UserError: the model is not to be found, its files are damaged or of an unknown kind, it has fewer KV heads
@@ -79,12 +89,21 @@ def load_model(
         raise UserError(f"models do not run in {dtype!r}", field="dtype", right=f"one of {', '.join(DTYPES)}")
     if threads is not None and threads < 1:
         raise UserError(f"is {threads}", field="threads", right="at least 1, or none for all CPUs")
-    return compute(_load, name_or_path, dtype, threads or len(os.sched_getaffinity(0)), shard)
+    if path not in PATHS:
+        raise UserError(f"there is no path {path!r}", field="path", right=f"one of {', '.join(PATHS)}")
+    if path != "torch" and shard is not None:
+        raise UserError("the fused decoder is not split over ranks yet", field="path", right="torch")
+    return compute(_load, name_or_path, dtype, threads or len(os.sched_getaffinity(0)), shard, path)
 
 
-def _load(name_or_path: str, dtype: str, threads: int, shard: Shard | None) -> Model:
+def _load(name_or_path: str, dtype: str, threads: int, shard: Shard | None, path: str) -> Model:
     torch_dtype = _torch_dtype(dtype)
     files = open_model(name_or_path)
+    if path != "torch":
+        from stretto.models.fused import build_fused
+
+        fused = build_fused(files.spec, files.weights, path=path, dtype=torch_dtype, threads=threads)  # type: ignore[arg-type]
+        return Model(name_or_path, dtype, files.spec, files.tokenizer, fused, path)
 
     from stretto.models.transformer import build
 

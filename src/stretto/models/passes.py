@@ -8,7 +8,7 @@ two and attention as causal (a query sees itself and what is before it).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stretto.core.errors import require
@@ -177,6 +177,49 @@ class _Lister:
             rows = batch.head_rows
             yield self.rowwise("norm_final", "norm", f"norm/{hidden}", rows, spec.hidden, flops=4, moves=2, count=1)
             yield self.matmul("lm_head", rows, spec.hidden, -(-spec.vocab // self.tp), 1)
+
+
+def pass_operations(spec: ModelSpec, batch: PassShape, *, dtype: str, path: str = "torch") -> tuple[Operation, ...]:
+    """What a pass is made of on a path of `serve.plan.ServePlan`, as the runtime times it.
+
+    "torch" has every operation of the model. The others are one native call: its products (with all that lies between
+    them), its attention, its head. Their weights are counted as in Q4_1, the head's as in Q8_0.
+    """
+    if path == "torch":
+        return spec.operations(batch, dtype=dtype)
+    packed = "q4_1" if path != "torch" else dtype
+    whole = spec.operations(batch, dtype=dtype, weight_dtype=packed)
+    name = (
+        f"{path}/hidden{spec.hidden}/ffn{spec.ffn}/h{spec.heads}/kv{spec.kv_heads}/d{spec.head_dim}/layers{spec.layers}"
+    )
+    inside = [
+        op for op in whole if not op.name.startswith("attention_") and op.name not in ("embed", "norm_final", "lm_head")
+    ]
+    products = [op for op in inside if op.kind == "matmul"]
+    rows = float(batch.rows)
+    found = [
+        Operation(
+            name="products",
+            kind="matmul",
+            dtype=dtype,
+            flops=sum(op.flops * op.count for op in products),
+            bytes=sum(op.bytes * op.count for op in products),
+            shape=(
+                batch.rows,
+                spec.hidden,
+                round(sum(op.flops * op.count for op in products) / (2 * rows * spec.hidden)),
+            ),
+            signature=f"fused-products/{name}",
+            at=(rows,),
+        )
+    ]
+    for op in whole:
+        if op.name.startswith("attention_"):
+            found.append(replace(op, signature=f"fused-{op.signature}"))
+        elif op.name == "lm_head":
+            head = replace(op, name="head", signature=f"fused-head/{path}/hidden{spec.hidden}/vocab{spec.vocab}")
+            found.append(replace(head, bytes=op.bytes * (34 / 20)))
+    return tuple(found)
 
 
 def operations_of(

@@ -38,8 +38,11 @@ class ServeDomain:
     def bound(self, job: ServeJob, plan: ServePlan, cluster: Cluster) -> float:
         """Throughput or latency if every step read the weights once at peak bandwidth and did nothing else."""
         work, device = workload(job), cluster.device(plan.device)
-        weights = work.spec.weight_bytes(plan.dtype) / (device.bandwidth * BEYOND_PEAK)
-        flops = 2.0 * work.spec.parameters() / (device.peak(plan.dtype) * BEYOND_PEAK)
+        fused = plan.path != "torch"
+        peak = max(device.peak_flops.values()) if fused else device.peak(plan.dtype)
+        held = work.packed_bytes if fused else work.spec.weight_bytes(plan.dtype)
+        weights = held / (device.bandwidth * BEYOND_PEAK)
+        flops = 2.0 * work.spec.parameters() / (peak * BEYOND_PEAK)
         length, count = job.assumed_new_tokens, len(work.prompts)
         if job.objective == "latency":
             return length * weights

@@ -55,12 +55,15 @@ class ServeJob:
         objective: "throughput" (tokens a second over the whole job) or "latency" (mean seconds from arrival
             to the last token).
         dtype: "auto" weighs all types, else the one to use.
+        path: "auto" weighs the fused decoder's "exact" and "bf16" where the weights can stay packed, else "torch";
+            "fast" (8-bit activations) changes numbers, so it must be asked for.
         slots: None weighs several numbers of concurrent requests, else the one to use.
         threads: None weighs several numbers of threads, else the one to use.
         joining: "auto" weighs all joining policies, else the name of the one to use.
         layout: "auto" weighs all layouts of the KV cache, else the one to use.
         reorder: when holes are closed in layout "slots": "eager", "threshold" or "never".
-        instances: None weighs one copy of the model against one a core, else how many to run side by side.
+        instances: how many copies of the model run side by side. Not weighed: what they cost each other is not
+            measured beyond the bandwidth and the cores they share.
         limits: what a plan must keep to.
     """
 
@@ -77,12 +80,13 @@ class ServeJob:
     arrival_gap_s: float = 0.0
     objective: Literal["throughput", "latency"] = "throughput"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    path: Literal["auto", "torch", "exact", "bf16", "fast"] = "auto"
     slots: int | None = None
     threads: int | None = None
     joining: str = "auto"
     layout: Literal["auto", "pages", "slots"] = "auto"
     reorder: Reorder = "eager"
-    instances: int | None = None
+    instances: int = 1
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -96,7 +100,7 @@ class ServeJob:
         require(0 <= self.arrival_gap_s <= 3600, "arrival_gap_s", self.arrival_gap_s, "in 0 .. 3600")
         require(self.slots is None or 1 <= self.slots <= 4096, "slots", self.slots, "in 1 .. 4096")
         require(self.threads is None or self.threads >= 1, "threads", self.threads, ">= 1")
-        require(self.instances is None or 1 <= self.instances <= 64, "instances", self.instances, "in 1 .. 64")
+        require(1 <= self.instances <= 64, "instances", self.instances, "in 1 .. 64")
         choices = ("auto", *JOININGS)
         require(self.joining in choices, "joining", self.joining, f"one of {', '.join(choices)}")
 

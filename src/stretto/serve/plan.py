@@ -28,7 +28,9 @@ class ServePlan:
 
     Attributes:
         device: path of the device that computes.
-        dtype: type of the products and of the KV cache.
+        dtype: type of the KV cache, and of the products of path "torch".
+        path: how passes are computed: "torch" operation by operation; or by the fused decoder on weights that stay
+            packed, with activations "exact", rounded to "bf16", or "fast" in 8 bits.
         threads: CPU threads of the passes.
         slots: most requests that run at once.
         joining: who joins the running batch, and when; the name of a policy in `serve.joining`.
@@ -43,6 +45,7 @@ class ServePlan:
 
     device: str
     dtype: Literal["fp32", "bf16"]
+    path: Literal["torch", "exact", "bf16", "fast"] = "torch"
     threads: int
     slots: int
     joining: str
@@ -65,50 +68,54 @@ class ServePlan:
         return self.slots * -(-longest // self.page_tokens)
 
     def __str__(self) -> str:
+        how = self.dtype if self.path == "torch" else f"fused {self.path} with {self.dtype} KV"
         copies = f"{self.instances} instances of " if self.instances > 1 else ""
         layout = f", fused slots ({self.reorder} reordering)" if self.layout == "slots" else ""
         return (
-            f"{copies}{self.slots} slots, {self.joining} joining{layout}, {self.dtype} on {self.threads} "
+            f"{copies}{self.slots} slots, {self.joining} joining{layout}, {how} on {self.threads} "
             f"thread{'s' if self.threads > 1 else ''} of {self.device}, {self.prefill_tokens} prompt tokens a pass"
         )
 
 
 def candidates(job: ServeJob, work: Workload, cluster: Cluster) -> Iterator[ServePlan]:
     """Every combination worth weighing; those that cannot run are among them, to be refused with a reason."""
-    for path, device in cluster.devices().items():
-        for dtype in DTYPES if job.dtype == "auto" else (job.dtype,):
+    for where, device in cluster.devices().items():
+        for dtype, path in _types(job, work, device):
             for threads in _threads(job, device):
                 for slots in _slots(job):
                     for joining in _joinings(job, slots):
                         plan = ServePlan(
-                            device=path,
+                            device=where,
                             dtype=dtype,  # type: ignore[arg-type]
+                            path=path,  # type: ignore[arg-type]
                             threads=threads,
                             slots=slots,
                             joining=joining,
                             page_tokens=work.longest,
                             reorder=job.reorder,
+                            instances=job.instances,
                         )
-                        yield from _laid_out(job, plan, device)
+                        yield from _laid_out(job, plan)
 
 
-def _laid_out(job: ServeJob, plan: ServePlan, device: Device) -> Iterator[ServePlan]:
-    """`plan` in each layout, and as several instances; layouts and copies are weighed where requests join freely."""
-    freely = plan.joining == "continuous"
-    layouts = (LAYOUTS if freely and plan.slots > 1 else ("pages",)) if job.layout == "auto" else (job.layout,)
+def _laid_out(job: ServeJob, plan: ServePlan) -> Iterator[ServePlan]:
+    """`plan` in each layout; layouts are weighed where requests join freely."""
+    freely = plan.joining == "continuous" and plan.slots > 1
+    layouts = (LAYOUTS if freely else ("pages",)) if job.layout == "auto" else (job.layout,)
     for layout in layouts:
-        yield from (
-            replace(plan, layout=layout, instances=instances)  # type: ignore[arg-type]
-            for instances in _instances(job, plan, device)
-            if instances == 1 or layout == "pages" or job.layout != "auto"
-        )
+        yield replace(plan, layout=layout)  # type: ignore[arg-type]
 
 
-def _instances(job: ServeJob, plan: ServePlan, device: Device) -> tuple[int, ...]:
-    if job.instances is not None:
-        return (job.instances,)
-    shares = plan.threads == 1 and plan.joining == "continuous" and len(job.prompts) >= device.units > 1
-    return (1, device.units) if shares and device.kind == "cpu" else (1,)
+def _types(job: ServeJob, work: Workload, device: Device) -> Iterator[tuple[str, str]]:
+    """Type of the KV cache and path of the products; packed weights go with the paths that keep them so."""
+    able = work.not_packed is None and device.kind == "cpu"
+    for dtype in DTYPES if job.dtype == "auto" else (job.dtype,):
+        if job.path != "auto":
+            yield dtype, job.path
+        elif able:
+            yield dtype, "exact" if dtype == "fp32" else "bf16"
+        else:
+            yield dtype, "torch"
 
 
 def _threads(job: ServeJob, device: Device) -> list[int]:
@@ -136,7 +143,8 @@ def _joinings(job: ServeJob, slots: int) -> tuple[str, ...]:
 def memory_bytes(plan: ServePlan, work: Workload) -> float:
     """Bytes of weights, KV pool and workspace, over all instances."""
     tokens = plan.pages(work.longest) * plan.page_tokens
-    one = work.spec.weight_bytes(plan.dtype) + tokens * work.spec.kv_bytes_per_token(plan.dtype) + WORKSPACE_BYTES
+    weights = work.spec.weight_bytes(plan.dtype) if plan.path == "torch" else work.packed_bytes
+    one = weights + tokens * work.spec.kv_bytes_per_token(plan.dtype) + WORKSPACE_BYTES
     return plan.instances * one
 
 
@@ -154,6 +162,9 @@ def check(job: ServeJob, plan: ServePlan, work: Workload, cluster: Cluster) -> R
         )
     if device.kind == "cpu" and plan.threads > device.units:
         return Refusal(reason=f"{plan.threads} threads on {device.units} cores", nearest=f"threads: {device.units}")
+    if plan.path != "torch" and (work.not_packed is not None or device.kind != "cpu"):
+        reason = work.not_packed or f"{device.name} is no CPU"
+        return Refusal(reason=f"path {plan.path} needs packed weights: {reason}", nearest="path: torch")
     if plan.layout == "slots" and plan.page_tokens < work.longest:
         return Refusal(
             reason=f"a slot holds a whole request, here up to {work.longest} tokens, not {plan.page_tokens}",

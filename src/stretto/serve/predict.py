@@ -26,7 +26,7 @@ from stretto.hardware import cost
 from stretto.hardware.device import Device
 from stretto.hardware.operation import Operation
 from stretto.models.calibrate import pass_signature
-from stretto.models.passes import PassShape
+from stretto.models.passes import PassShape, pass_operations
 from stretto.models.spec import ModelSpec
 from stretto.serve.engine import Engine
 from stretto.serve.instances import Instances
@@ -57,6 +57,7 @@ class PassCosts:
     device: Device
     dtype: str
     threads: int | None
+    path: str = "torch"
     basis: set[str] = field(default_factory=set)
     low: float = 0.0
     high: float = 0.0
@@ -114,7 +115,8 @@ class PassCosts:
         return self._demand(new, cached)
 
     def _count(self, new: tuple[int, ...], cached: tuple[int, ...]) -> tuple[float, float]:
-        operations = self.spec.operations(PassShape(new_tokens=new, cached=cached), dtype=self.dtype)
+        shape = PassShape(new_tokens=new, cached=cached)
+        operations = pass_operations(self.spec, shape, dtype=self.dtype, path=self.path)
         return sum(op.flops * op.count for op in operations), sum(op.bytes * op.count for op in operations)
 
     def _estimate(self, new: tuple[int, ...], cached: tuple[int, ...]) -> tuple[float, float, float]:
@@ -131,7 +133,7 @@ class PassCosts:
     def _operations(self, shape: PassShape) -> list[Operation]:
         """What the spec lists, and the host's part of a pass where it was measured: laying out, drawing tokens."""
         hosts = {
-            pass_signature(self.spec, self.dtype): shape.rows,
+            pass_signature(self.spec, self.dtype, self.path): shape.rows,
             host_signature("sample", self.spec): shape.head_rows,
         }
         own = [
@@ -147,7 +149,7 @@ class PassCosts:
             for name, rows in hosts.items()
             if f"{name}@{self.threads}" in self.device.measured
         ]
-        return [*self.spec.operations(shape, dtype=self.dtype), *own]
+        return [*pass_operations(self.spec, shape, dtype=self.dtype, path=self.path), *own]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +177,7 @@ def scheduler_config(plan: ServePlan, work: Workload) -> SchedulerConfig:
 def play(plan: ServePlan, work: Workload, device: Device, lengths: Sequence[int]) -> Played:
     """Play `plan` on virtual time with answers of these lengths (tokens, the ending one included)."""
     threads = plan.threads if device.kind == "cpu" else None
-    costs = PassCosts(work.spec, device, plan.dtype, threads)
+    costs = PassCosts(work.spec, device, plan.dtype, threads, plan.path)
 
     async def main(clock: VirtualClock) -> Played:
         recorder = Recorder("simulated")

@@ -37,24 +37,30 @@ def prepare(job: ServeJob, work: Workload, cluster: Cluster, progress: Progress)
     if not is_this_machine(cluster):
         return cluster
     able = [c for c in choices.candidates(job, work, cluster) if choices.check(job, c, work, cluster) is None]
-    models: dict[str, Model] = {}
-    for path, dtype, threads in sorted({(c.device, c.dtype, c.threads) for c in able}):
-        tables = _tables(job, cluster, dtype, threads, models, progress)
-        cluster = cluster.with_measured(path, tables)
+    models: dict[tuple[str, str], Model] = {}
+    for device, dtype, path, threads in sorted({(c.device, c.dtype, c.path, c.threads) for c in able}):
+        tables = _tables(job, cluster, dtype, path, threads, models, progress)
+        cluster = cluster.with_measured(device, tables)
     return cluster
 
 
 def _tables(
-    job: ServeJob, cluster: Cluster, dtype: str, threads: int, models: dict[str, Model], progress: Progress
+    job: ServeJob,
+    cluster: Cluster,
+    dtype: str,
+    path: str,
+    threads: int,
+    models: dict[tuple[str, str], Model],
+    progress: Progress,
 ) -> Tables:
     """Tables of one type and number of threads, from the cache if they still hold."""
-    file = _file(job, cluster, dtype, threads)
+    file = _file(job, cluster, dtype if path == "torch" else f"{dtype}-{path}", threads)
     cached = _read(file)
     if cached is not None and time.time() - file.stat().st_mtime < FRESH_S:
         return cached
-    if dtype not in models:
-        models[dtype] = load_model(job.model, dtype=dtype, threads=threads)
-    model = models[dtype]
+    if (dtype, path) not in models:
+        models[dtype, path] = load_model(job.model, dtype=dtype, threads=threads, path=path)
+    model = models[dtype, path]
     if cached is not None and _holds(model, cached, threads):
         file.touch()
         return cached

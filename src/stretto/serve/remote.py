@@ -53,6 +53,7 @@ class RemoteBackend:
         model: str,
         *,
         dtype: str = "fp32",
+        path: str = "torch",
         threads: int,
         pages: int,
         page_tokens: int,
@@ -64,7 +65,7 @@ class RemoteBackend:
         """Start the workers; returns when each has loaded its part and is warm.
 
         Args:
-            model, dtype: as `load_model` takes them.
+            model, dtype, path: as `load_model` takes them.
             threads: of each rank.
             pages, page_tokens: size of the KV cache.
             clock: the engine's.
@@ -85,6 +86,7 @@ class RemoteBackend:
             SetUp(
                 model=model,
                 dtype=dtype,
+                path=path,
                 threads=threads,
                 pages=pages,
                 page_tokens=page_tokens,

@@ -66,7 +66,13 @@ async def _backends(
         return [LocalBackend(model, pages=pages, page_tokens=plan.page_tokens, clock=clock)]
     starting = [
         RemoteBackend.start(
-            job.model, dtype=plan.dtype, threads=plan.threads, pages=pages, page_tokens=plan.page_tokens, clock=clock
+            job.model,
+            dtype=plan.dtype,
+            path=plan.path,
+            threads=plan.threads,
+            pages=pages,
+            page_tokens=plan.page_tokens,
+            clock=clock,
         )
         for _ in range(plan.instances)
     ]
@@ -143,7 +149,7 @@ def run(plan: Plan[ServeJob, ServePlan], work: Workload, forecast: Prediction, c
     Straight before and straight after the run, some passes on made-up tokens tell the machine's pace, and the
     re-simulation plays at the mean of the two. With `ctx.output`, the event log is written there as `events.jsonl`.
     """
-    model = load_model(plan.job.model, dtype=plan.choices.dtype, threads=plan.choices.threads)
+    model = load_model(plan.job.model, dtype=plan.choices.dtype, threads=plan.choices.threads, path=plan.choices.path)
     warm_up(model)
     device = plan.cluster.device(plan.choices.device)
     before = pace_of(model, plan.choices, work, device)
@@ -177,7 +183,7 @@ def pace_of(model: Model, plan: ServePlan, work: Workload, device: Device) -> fl
 
     Some tenths of a second; the passes run on made-up tokens, never on the job's.
     """
-    if not is_calibrated(device.measured, work.spec, plan.dtype, plan.threads):
+    if not is_calibrated(device.measured, work.spec, plan.dtype, plan.threads, plan.path):
         return 1.0
     count, slots = len(work.prompts), min(plan.slots, len(work.prompts))
     prompt = round(sum(map(len, work.prompts)) / count)

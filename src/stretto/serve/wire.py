@@ -32,7 +32,7 @@ class SetUp:
     """What a worker must know before it can run passes.
 
     Attributes:
-        model, dtype, threads: as `load_model` takes them.
+        model, dtype, path, threads: as `load_model` takes them.
         pages, page_tokens: size of the KV cache.
         rank, world: which part of the model is its own.
         rendezvous: the file over which the ranks meet; None if there is one rank.
@@ -45,6 +45,7 @@ class SetUp:
     threads: int
     pages: int
     page_tokens: int
+    path: str = "torch"
     rank: int = 0
     world: int = 1
     rendezvous: str | None = None

@@ -76,7 +76,7 @@ class Worker:
                 rendezvous=Path(set_up.rendezvous),
                 timeout_s=set_up.timeout_s,
             )
-        model = load_model(set_up.model, dtype=set_up.dtype, threads=set_up.threads, shard=shard)
+        model = load_model(set_up.model, dtype=set_up.dtype, threads=set_up.threads, shard=shard, path=set_up.path)
         warm_up(model)
         self._backend = LocalBackend(model, pages=set_up.pages, page_tokens=set_up.page_tokens, clock=RealClock())
         self._slots = SlotMap(pages=set_up.pages, page_tokens=set_up.page_tokens)

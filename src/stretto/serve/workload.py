@@ -9,6 +9,8 @@ from functools import lru_cache
 
 from stretto.core.errors import UserError
 from stretto.models.load import open_model
+from stretto.models.packable import why_not_fused
+from stretto.models.quantized import PackedTensor
 from stretto.models.spec import ModelSpec
 from stretto.models.tokenizer import Tokenizer
 from stretto.serve.job import ServeJob
@@ -23,12 +25,16 @@ class Workload:
         prompts: token ids of each prompt.
         arrivals_s: when each request comes.
         limit: most new tokens of an answer.
+        not_packed: why the weights cannot stay packed in the fused decoder; None if they can.
+        packed_bytes: of the weights as their file holds them.
     """
 
     spec: ModelSpec
     prompts: tuple[tuple[int, ...], ...]
     arrivals_s: tuple[float, ...]
     limit: int
+    not_packed: str | None = "these weights are not at hand"
+    packed_bytes: float = 0.0
 
     @property
     def longest_prompt(self) -> int:
@@ -41,9 +47,10 @@ class Workload:
 
 
 @lru_cache(maxsize=8)
-def _opened(model: str) -> tuple[ModelSpec, Tokenizer]:
+def _opened(model: str) -> tuple[ModelSpec, Tokenizer, str | None, float]:
     files = open_model(model)
-    return files.spec, files.tokenizer
+    packed = sum(source.nbytes for source in files.weights.sources.values() if isinstance(source, PackedTensor))
+    return files.spec, files.tokenizer, why_not_fused(files.spec, files.weights), float(packed)
 
 
 @lru_cache(maxsize=16)
@@ -54,7 +61,7 @@ def workload(job: ServeJob) -> Workload:
         UserError: if the model cannot be found or read, or has no chat template.
     """
     try:
-        spec, tokenizer = _opened(job.model)
+        spec, tokenizer, not_packed, packed_bytes = _opened(job.model)
     except UserError as problem:
         raise problem.at(field="model") from None
     return Workload(
@@ -62,6 +69,8 @@ def workload(job: ServeJob) -> Workload:
         prompts=tuple(tuple(encode(job, tokenizer, prompt)) for prompt in job.prompts),
         arrivals_s=tuple(i * job.arrival_gap_s for i in range(len(job.prompts))),
         limit=job.max_new_tokens,
+        not_packed=not_packed,
+        packed_bytes=packed_bytes,
     )
 
 

@@ -1,0 +1,336 @@
+"""A model behind an engine, ready to be asked: what the server and the offline `LLM` are both built on.
+
+The engine's pool holds `slots` requests of the longest length, so an admitted request is never put back for want of
+pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from stretto.core.clock import RealClock
+from stretto.core.errors import FieldError, UserError, require
+from stretto.core.record import Recorder
+from stretto.core.trace import Key
+from stretto.models.calibrate import warm_up
+from stretto.models.load import Model, load_model
+from stretto.models.spec import ModelSpec
+from stretto.serve.backend import Backend
+from stretto.serve.engine import Engine, Handle
+from stretto.serve.joining import JOININGS
+from stretto.serve.local import LocalBackend
+from stretto.serve.plan import WORKSPACE_BYTES
+from stretto.serve.request import Answer, Request
+from stretto.serve.sampling import Sampling
+from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.slots import Reorder
+from stretto.serve.text import AnswerText
+
+T = TypeVar("T")
+
+PAGE_TOKENS = 64
+LONGEST_BY_DEFAULT = 4096
+"""Positions of a request unless more are asked for, or the model has fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How a model is run when requests are not known beforehand.
+
+    Attributes:
+        model: a name, a path (.gguf or a Hugging Face folder) or a Hugging Face id.
+        dtype: type of the products and of the KV cache; "auto" takes bf16 where the CPU computes in it, else fp32.
+        threads: CPU threads of the passes; None takes all.
+        slots: most requests that run at once.
+        max_model_len: positions of the longest request, prompt and answer; None takes the model's own, at most 4,096.
+        prefill_tokens: most prompt tokens in one pass.
+        joining: who joins the running batch, and when.
+        layout: of the KV cache, as in `ServePlan`.
+        reorder: when holes are closed in layout "slots".
+    """
+
+    model: str = "smollm2-135m-instruct"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int | None = None
+    slots: int = 8
+    max_model_len: int | None = None
+    prefill_tokens: int = 512
+    joining: str = "continuous"
+    layout: Literal["pages", "slots"] = "pages"
+    reorder: Reorder = "eager"
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("auto", "fp32", "bf16"), "dtype", self.dtype, "one of auto, fp32, bf16")
+        require(self.threads is None or 1 <= self.threads <= 4096, "threads", self.threads, "in 1 .. 4096")
+        require(1 <= self.slots <= 4096, "slots", self.slots, "in 1 .. 4096")
+        require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", self.max_model_len, ">= 2")
+        require(1 <= self.prefill_tokens <= 2**20, "prefill_tokens", self.prefill_tokens, "in 1 .. 2**20")
+        able = [name for name in JOININGS if name != "static"]
+        right = f"one of {', '.join(able)} (static batches wait for the last request, and a server has none)"
+        require(self.joining in able, "joining", self.joining, right)
+
+    def longest(self, spec: ModelSpec) -> int:
+        """Positions of the longest request.
+
+        Raises:
+            FieldError: if more are asked for than the model has.
+        """
+        if self.max_model_len is None:
+            return min(spec.max_positions, LONGEST_BY_DEFAULT)
+        if self.max_model_len > spec.max_positions:
+            raise FieldError("max_model_len", self.max_model_len, f"at most {spec.max_positions}, the model's own")
+        return self.max_model_len
+
+    def scheduler(self, spec: ModelSpec) -> SchedulerConfig:
+        """The scheduler whose pool holds every slot's longest request."""
+        longest = self.longest(spec)
+        page = longest if self.layout == "slots" else min(PAGE_TOKENS, longest)
+        return SchedulerConfig(
+            joining=self.joining,
+            slots=self.slots,
+            pages=self.slots * -(-longest // page),
+            page_tokens=page,
+            prefill_tokens=self.prefill_tokens,
+            layout=self.layout,
+            reorder=self.reorder,
+        )
+
+
+class NoRecorder(Recorder):
+    """Keeps nothing: an engine that serves for days must not grow a trace."""
+
+    def __init__(self) -> None:
+        super().__init__("unrecorded")
+
+    def span(self, lane: str, start: float, finish: float, key: Key) -> None:
+        return None
+
+    def request(self, lane: str, start: float, finish: float, key: Key) -> None:
+        return None
+
+    def counter(self, name: str, at: float, value: float) -> None:
+        return None
+
+
+def load(settings: EngineSettings) -> Model:
+    """Load the model of `settings` and run it once, so that the first request does not pay for lazy set-up.
+
+    Raises:
+        UserError: as `load_model`, and if weights and KV pool exceed this machine's memory.
+        FieldError: if more positions are asked for than the model has.
+    """
+    dtype = _native_dtype() if settings.dtype == "auto" else settings.dtype
+    model = load_model(settings.model, dtype=dtype, threads=settings.threads)
+    _check_memory(model, settings)
+    warm_up(model)
+    return model
+
+
+def _native_dtype() -> str:
+    """bf16 where the CPU multiplies it, else fp32, in which products of bf16 would be computed anyway."""
+    flags = _cpu_flags()
+    return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return set()
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((set(value.split()) for name, _, value in lines if name.strip() in ("flags", "Features")), set())
+
+
+def _check_memory(model: Model, settings: EngineSettings) -> None:
+    available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    config = settings.scheduler(model.spec)
+    pool = config.pages * config.page_tokens * model.spec.kv_bytes_per_token(model.dtype)
+    rest = model.spec.weight_bytes(model.dtype) + WORKSPACE_BYTES
+    if rest + pool > available:
+        fitting = int((available - rest) // (pool / config.slots))
+        right = f"{fitting} slots would fit" if fitting >= 1 else "take a smaller model or fewer positions"
+        raise UserError(
+            f"weights and {config.slots} slots of {settings.longest(model.spec)} positions need "
+            f"{(rest + pool) / 1e9:.1f} GB, this machine has {available / 1e9:.1f} GB",
+            field="slots",
+            right=right,
+        )
+
+
+def new_backend(model: Model, settings: EngineSettings, clock: RealClock) -> LocalBackend:
+    """A backend whose cache has the pages of `settings`."""
+    config = settings.scheduler(model.spec)
+    return LocalBackend(model, pages=config.pages, page_tokens=config.page_tokens, clock=clock)
+
+
+def new_engine(model: Model, settings: EngineSettings, backend: Backend, clock: RealClock) -> Engine:
+    """An engine that records nothing."""
+    return Engine(Scheduler(settings.scheduler(model.spec)), backend, clock, NoRecorder())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What came of one prompt.
+
+    Attributes:
+        prompt: as it was given, or as the chat template made it.
+        prompt_tokens: its length in tokens.
+        text: of the answer.
+        tokens: of the answer, the ending one included.
+        reason: "stop", "length", "cancelled" or "failed".
+        first_token_s: seconds from the request to its first token; None if there was none.
+        seconds: from the request to its end.
+    """
+
+    prompt: str
+    prompt_tokens: int
+    text: str
+    tokens: tuple[int, ...]
+    reason: str
+    first_token_s: float | None
+    seconds: float
+
+
+class LLM:
+    """A model for use without a server.
+
+        llm = stretto.LLM("smollm2-135m-instruct")
+        for answer in llm.generate(["The capital of France is"], max_tokens=8):
+            print(answer.text)
+
+    Not for several threads at once. Works inside a running event loop too (a notebook), where calls block it.
+
+    Args:
+        model: a name, a path (.gguf or a Hugging Face folder) or a Hugging Face id.
+        options: the fields of `EngineSettings`: dtype, slots, threads, max_model_len and so on.
+
+    Raises:
+        UserError: the model cannot be loaded, or does not fit.
+        FieldError: an option is out of its range.
+    """
+
+    def __init__(self, model: str = "smollm2-135m-instruct", **options: Any) -> None:
+        self.settings = EngineSettings(model=model, **options)
+        self.model = load(self.settings)
+        self._clock = RealClock()
+        self._backend = new_backend(self.model, self.settings, self._clock)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        sampling: Sampling | None = None,
+        *,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> list[Completion]:
+        """Continue each prompt; answers come in the order of the prompts.
+
+        Args:
+            prompts: texts, each continued as it stands.
+            sampling: how tokens are drawn, greedily when None; prompt i uses seed + i.
+            max_tokens: most new tokens of an answer.
+            stop: strings before which an answer ends.
+            ignore_eos: go on to `max_tokens` whatever the model says.
+
+        Raises:
+            UserError: a prompt is empty, or does not fit into `max_model_len` together with its answer.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = [tuple(self.model.tokenizer.encode(text)) for text in texts]
+        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling: Sampling | None = None,
+        *,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> list[Completion]:
+        """Answer one conversation, or several at once, through the model's chat template; else as `generate`.
+
+        Args:
+            messages: mappings with "role" and "content", or a list of such conversations.
+
+        Raises:
+            UserError: as `generate`, and when the model has no chat template or it refuses the messages.
+        """
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        texts = [self.model.tokenizer.chat(conversation) for conversation in conversations]
+        encoded = [tuple(self.model.tokenizer.encode(text, special=False)) for text in texts]
+        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos)
+
+    def _answers(
+        self,
+        texts: Sequence[str],
+        encoded: Sequence[tuple[int, ...]],
+        sampling: Sampling | None,
+        max_tokens: int,
+        stop: tuple[str, ...],
+        ignore_eos: bool,
+    ) -> list[Completion]:
+        require(max_tokens >= 1, "max_tokens", max_tokens, ">= 1")
+        require(all(stop), "stop", stop, "strings that are not empty")
+        longest = self.settings.longest(self.model.spec)
+        for number, prompt in enumerate(encoded):
+            if not prompt:
+                raise UserError("has no tokens", field=f"prompts.{number}", right="a text that is not empty")
+            if len(prompt) + max_tokens > longest:
+                raise UserError(
+                    f"{len(prompt)} tokens and {max_tokens} new ones exceed max_model_len, {longest}",
+                    field=f"prompts.{number}",
+                    right="shorten it, lower max_tokens or raise max_model_len",
+                )
+        how = sampling or Sampling()
+        requests = [
+            Request(
+                id=number,
+                prompt=prompt,
+                limit=max_tokens,
+                sampling=replace(how, seed=how.seed + number),
+                stop_tokens=frozenset() if ignore_eos else self.model.tokenizer.eos_ids,
+                stop=stop,
+            )
+            for number, prompt in enumerate(encoded)
+        ]
+        answers = _run(lambda: self._serve(requests))
+        return [
+            Completion(
+                prompt=text,
+                prompt_tokens=len(request.prompt),
+                text=answer.text,
+                tokens=answer.tokens,
+                reason=answer.reason,
+                first_token_s=None if answer.first_token_s is None else answer.first_token_s - answer.arrived_s,
+                seconds=answer.latency_s,
+            )
+            for text, request, answer in zip(texts, requests, answers, strict=True)
+        ]
+
+    async def _serve(self, requests: Sequence[Request]) -> list[Answer]:
+        engine = new_engine(self.model, self.settings, self._backend, self._clock)
+        handles: list[Handle] = [
+            engine.submit(request, AnswerText(self.model.tokenizer, request.stop)) for request in requests
+        ]
+        engine.close()
+        await engine.run()
+        return [handle.result() for handle in handles]
+
+
+def _run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """`asyncio.run(main())`, in a thread of its own where a loop is running already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main())
+    with ThreadPoolExecutor(max_workers=1) as aside:
+        return aside.submit(lambda: asyncio.run(main())).result()
