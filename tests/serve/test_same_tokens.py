@@ -1,0 +1,109 @@
+"""One text a prompt from the fused decoder: whatever the batch, order, slot, page size, chunks, or preemption."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from stretto.core.clock import RealClock  # noqa: E402
+from stretto.core.errors import UserError  # noqa: E402
+from stretto.core.record import Recorder  # noqa: E402
+from stretto.models.load import Model, load_model  # noqa: E402
+from stretto.models.source import packaged_model  # noqa: E402
+from stretto.serve.engine import Engine  # noqa: E402
+from stretto.serve.local import LocalBackend  # noqa: E402
+from stretto.serve.request import Request  # noqa: E402
+from stretto.serve.sampling import Sampling  # noqa: E402
+from stretto.serve.scheduler import Scheduler, SchedulerConfig  # noqa: E402
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "2 + 2 =",
+    "The history of the printing press begins long before its famous inventor set his first line of type. Paper had",
+    "Water boils at",
+    "A list of colours: red,",
+]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Path:
+    try:
+        return packaged_model()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=["exact", "bf16", "fast"])
+def model(packaged: Path, request: pytest.FixtureRequest) -> Model:
+    return load_model(
+        str(packaged), dtype="fp32" if request.param == "exact" else "bf16", path=request.param, threads=1
+    )
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def texts(
+    model: Model, order: list[int], settings: SchedulerConfig, *, drawn: bool = False
+) -> tuple[list[tuple[int, ...]], int]:
+    """The tokens of each prompt, submitted in this order, and how often one was preempted."""
+
+    async def main() -> tuple[list[tuple[int, ...]], int]:
+        clock = RealClock()
+        backend = LocalBackend(model, pages=settings.pages, page_tokens=settings.page_tokens, clock=clock)
+        scheduler = Scheduler(settings)
+        engine = Engine(scheduler, backend, clock, Recorder("measured"))
+        handles = {}
+        for i in order:
+            sampling = Sampling(temperature=0.9, top_k=40, seed=i) if drawn else Sampling()
+            prompt = tuple(model.tokenizer.encode(PROMPTS[i]))
+            handles[i] = engine.submit(Request(id=i, prompt=prompt, limit=NEW, sampling=sampling))
+        engine.close()
+        await asyncio.wait_for(engine.run(), 60)
+        return [handles[i].result().tokens for i in range(len(PROMPTS))], scheduler.preemptions
+
+    return asyncio.run(main())
+
+
+def config(
+    slots: int, prefill_tokens: int, page_tokens: int = 64, pages: int | None = None, **more: object
+) -> SchedulerConfig:
+    return SchedulerConfig(
+        joining="continuous",
+        slots=slots,
+        pages=pages or slots * -(-64 // page_tokens),
+        page_tokens=page_tokens,
+        prefill_tokens=prefill_tokens,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_one_text_a_prompt(model: Model, drawn: bool) -> None:
+    forwards, backwards = list(range(6)), list(range(5, -1, -1))
+    alone, _ = texts(model, forwards, config(1, 512), drawn=drawn)
+    preempted = 0
+    for order, settings in (
+        (forwards, config(6, 512)),
+        (backwards, config(6, 7)),
+        (backwards, config(3, 16, page_tokens=5)),
+        (forwards, config(4, 512, page_tokens=8, pages=14)),
+        (backwards, config(5, 3, page_tokens=8, pages=12)),
+        (backwards, config(4, 16, layout="slots")),
+        (forwards, config(6, 64, layout="slots", reorder="never")),
+    ):
+        found, count = texts(model, order, settings, drawn=drawn)
+        assert found == alone, settings
+        preempted += count
+    assert preempted > 0
