@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ALL := src tests benchmarks docs
 
-.PHONY: run test test-slow lint types format bench docs setup setup-dev clean sizes
+.PHONY: peers run test test-slow lint types format bench docs setup setup-dev clean sizes
 
 run: setup
 	$(BIN)/stretto run jobs/quickstart.yaml
@@ -30,6 +30,14 @@ format: setup-dev
 
 bench: setup-dev
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# What benchmarks compare with, each in an environment of its own; llama.cpp is built from source, which takes minutes.
+peers: .peers/llama/.installed
+
+.peers/llama/.installed:
+	$(PYTHON) -m venv .peers/llama
+	CMAKE_ARGS=-DGGML_NATIVE=ON .peers/llama/bin/python -m pip install --quiet llama-cpp-python
+	touch $@
 
 docs: setup-dev
 	$(BIN)/python docs/build.py

@@ -105,6 +105,39 @@ def test_long_prompts_come_in_chunks_and_others_decode_meanwhile() -> None:
     assert max(gaps) < 1.0 + 16 * 0.001 + 1e-9
 
 
+def test_a_prompt_that_others_began_with_is_computed_from_where_they_differ() -> None:
+    asks = [Ask(prompt=50, length=30), Ask(at=5.0, prompt=45, length=5), Ask(at=6.0, prompt=45, length=5, family=8)]
+    settings = config(page_tokens=10, pages=40, prefix_cache=True)
+    world = play(asks, settings)
+    assert_lawful(world, asks)
+    assert [world.answers[i].cached_tokens for i in range(3)] == [0, 40, 0]
+    chunks = {row.id: len(row.tokens) for p in world.passes for row in p.prefill}
+    assert chunks == {0: 50, 1: 5, 2: 45}
+    again = play([*asks, Ask(at=60.0, prompt=50, length=5)], settings)  # nobody runs, but the pages are kept
+    assert again.answers[3].cached_tokens == 40  # the last token is always computed
+
+
+def test_pages_that_are_kept_give_way_oldest_first() -> None:
+    asks = [Ask(at=20.0 * i, prompt=40, length=2, limit=10, family=i % 3) for i in range(6)]
+    roomy = play(asks, config(page_tokens=10, pages=20, prefix_cache=True))
+    tight = play(asks, config(page_tokens=10, pages=6, prefix_cache=True))
+    assert [roomy.answers[i].cached_tokens for i in range(6)] == [0, 0, 0, 30, 30, 30]
+    assert [tight.answers[i].cached_tokens for i in range(6)] == [0, 0, 0, 0, 0, 0]
+    for world in (roomy, tight):
+        assert_lawful(world, asks)
+
+
+def test_preempted_requests_find_their_pages_again() -> None:
+    asks = [Ask(prompt=24, length=20, limit=20, family=i) for i in range(2)]
+    cached = play(asks, config(pages=8, page_tokens=8, slots=2, prefix_cache=True))
+    plain = play(asks, config(pages=8, page_tokens=8, slots=2))
+    for world in (cached, plain):
+        assert_lawful(world, asks)
+        assert world.scheduler.preemptions > 0
+    rows = [sum(len(row.tokens) for p in world.passes for row in p.prefill) for world in (cached, plain)]
+    assert rows[0] < rows[1]
+
+
 def test_what_can_never_fit_is_refused_at_the_door() -> None:
     def too_long(engine: object) -> None:
         with pytest.raises(ValueError, match="do not fit into the KV pool of 800 tokens"):
@@ -127,6 +160,7 @@ asks_strategy = st.lists(
         length=st.integers(1, 40),
         limit=st.integers(1, 40),
         cancel_at=st.none() | st.floats(30, 60),
+        family=st.integers(1, 2),
     ),
     min_size=1,
     max_size=12,
@@ -137,18 +171,26 @@ asks_strategy = st.lists(
 @given(
     asks=asks_strategy,
     joining=st.sampled_from(sorted(JOININGS)),
-    reorder=st.sampled_from([None, "eager", "threshold", "never"]),
+    reorder=st.sampled_from([None, None, None, "eager", "threshold", "never"]),
+    prefix_cache=st.booleans(),
     slots=st.integers(1, 5),
     page_tokens=st.sampled_from([1, 7, 100]),
     spare=st.integers(0, 40),
     prefill_tokens=st.integers(1, 64),
 )
 def test_any_load_under_any_policy_is_served_whole_and_replays(
-    asks: list[Ask], joining: str, reorder: str | None, slots: int, page_tokens: int, spare: int, prefill_tokens: int
+    asks: list[Ask],
+    joining: str,
+    reorder: str | None,
+    prefix_cache: bool,
+    slots: int,
+    page_tokens: int,
+    spare: int,
+    prefill_tokens: int,
 ) -> None:
-    changes = {"joining": joining, "slots": slots, "prefill_tokens": prefill_tokens}
+    changes: dict[str, object] = {"joining": joining, "slots": slots, "prefill_tokens": prefill_tokens}
     if reorder is None:
-        changes |= {"pages": -(-100 // page_tokens) + spare, "page_tokens": page_tokens}
+        changes |= {"pages": -(-100 // page_tokens) + spare, "page_tokens": page_tokens, "prefix_cache": prefix_cache}
     else:
         changes |= {"layout": "slots", "reorder": reorder, "pages": slots, "page_tokens": 100}
     world = play(asks, config(**changes))
@@ -171,12 +213,15 @@ def bad_day(seed: int) -> tuple[list[Ask], World]:
             prompt=1 + int(draws[20 + i]) % 50,
             length=35 + int(draws[40 + i]) % 40,
             cancel_at=250.0 if draws[60 + i] % 10 == 0 else None,
+            family=1 + int(draws[80 + i]) % 3,
         )
         for i in range(20)
     ]
     slots = 1 + seed % 4
     settings_ = config(slots=slots, pages=40, page_tokens=(1, 8, 16)[seed % 3] * 8, prefill_tokens=24)
-    if seed % 2:
+    if seed % 3 == 1:
+        settings_ = replace(settings_, prefix_cache=True)
+    elif seed % 2:
         reorder = ("eager", "threshold", "never")[seed % 3]
         settings_ = replace(settings_, layout="slots", reorder=reorder, pages=slots, page_tokens=256)
     faults = draw_faults(seed, count=3, calls=30, seconds=2.0)

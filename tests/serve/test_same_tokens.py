@@ -55,23 +55,27 @@ def _two_threads() -> Iterator[None]:
 
 
 def texts(
-    model: Model, order: list[int], settings: SchedulerConfig, *, drawn: bool = False
-) -> tuple[list[tuple[int, ...]], int]:
-    """The tokens of each prompt, submitted in this order, and how often one was preempted."""
+    model: Model, order: list[int], settings: SchedulerConfig, *, drawn: bool = False, copies: int = 1
+) -> tuple[list[tuple[int, ...]], Scheduler]:
+    """The tokens of each prompt, submitted in this order, so many times over; and the scheduler at the end."""
 
-    async def main() -> tuple[list[tuple[int, ...]], int]:
+    async def main() -> tuple[list[tuple[int, ...]], Scheduler]:
         clock = RealClock()
         backend = LocalBackend(model, pages=settings.pages, page_tokens=settings.page_tokens, clock=clock)
         scheduler = Scheduler(settings)
         engine = Engine(scheduler, backend, clock, Recorder("measured"))
         handles = {}
-        for i in order:
-            sampling = Sampling(temperature=0.9, top_k=40, seed=i) if drawn else Sampling()
-            prompt = tuple(model.tokenizer.encode(PROMPTS[i]))
-            handles[i] = engine.submit(Request(id=i, prompt=prompt, limit=NEW, sampling=sampling))
+        for copy in range(copies):
+            for i in order:
+                sampling = Sampling(temperature=0.9, top_k=40, seed=i) if drawn else Sampling()
+                prompt = tuple(model.tokenizer.encode(PROMPTS[i]))
+                number = copy * len(PROMPTS) + i
+                handles[number] = engine.submit(Request(id=number, prompt=prompt, limit=NEW, sampling=sampling))
         engine.close()
         await asyncio.wait_for(engine.run(), 60)
-        return [handles[i].result().tokens for i in range(len(PROMPTS))], scheduler.preemptions
+        cached = sum(handle.cached_tokens for handle in handles.values())
+        assert (cached > 0) == settings.prefix_cache
+        return [handles[i].result().tokens for i in range(len(handles))], scheduler
 
     return asyncio.run(main())
 
@@ -103,7 +107,20 @@ def test_one_text_a_prompt(model: Model, drawn: bool) -> None:
         (backwards, config(4, 16, layout="slots")),
         (forwards, config(6, 64, layout="slots", reorder="never")),
     ):
-        found, count = texts(model, order, settings, drawn=drawn)
+        found, scheduler = texts(model, order, settings, drawn=drawn)
         assert found == alone, settings
-        preempted += count
+        preempted += scheduler.preemptions
     assert preempted > 0
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_pages_found_again_change_no_token(model: Model, drawn: bool) -> None:
+    order = list(range(6))
+    alone, _ = texts(model, order, config(1, 512), drawn=drawn)
+    for settings in (
+        config(6, 512, page_tokens=4, prefix_cache=True),
+        config(3, 8, page_tokens=4, prefix_cache=True),
+        config(4, 16, page_tokens=4, pages=30, prefix_cache=True),
+    ):
+        found, _ = texts(model, order, settings, drawn=drawn, copies=2)
+        assert found == [*alone, *alone], settings

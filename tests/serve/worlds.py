@@ -43,6 +43,8 @@ class Ask:
     length: int = 5
     limit: int = 100
     cancel_at: float | None = None
+    family: int = 7
+    """Prompts of one family begin alike."""
 
 
 @dataclass
@@ -80,15 +82,16 @@ class Ledger:
     """A backend behind books of what each page holds: a row that would read what is not its own is an error.
 
     Attributes:
-        held: what each (page, offset) holds: (request, position).
+        held: what each (page, offset) holds: all that the text up to there depends on.
         passes: all that were asked for.
     """
 
-    def __init__(self, inner: Backend, page_tokens: int) -> None:
+    def __init__(self, inner: Backend, page_tokens: int, asks: Sequence[Ask]) -> None:
         self._inner = inner
+        self._asks = asks
         self._page_tokens = page_tokens
         self.steps_at_once = inner.steps_at_once
-        self.held: dict[tuple[int, int], tuple[int, int]] = {}
+        self.held: dict[tuple[int, int], tuple[int, ...]] = {}
         self.passes: list[Pass] = []
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
@@ -98,9 +101,8 @@ class Ledger:
                 self.held[target, offset] = self.held[source, offset]
         for row in (*work.prefill, *work.decode):
             for position in range(row.start):
-                assert self.held[self._place(row.table, position)] == (row.id, position), (
-                    "a row reads what is not its own"
-                )
+                found = self.held[self._place(row.table, position)]
+                assert found == self._text(row.id, position), "a row reads what is not its own"
             self._write(row, len(row.tokens))
             if work.slots is not None:
                 assert work.slots[0] <= row.table[0] < work.slots[1], "a row lies outside the range"
@@ -112,7 +114,12 @@ class Ledger:
 
     def _write(self, row: Row, count: int) -> None:
         for position in range(row.start, row.start + count):
-            self.held[self._place(row.table, position)] = (row.id, position)
+            self.held[self._place(row.table, position)] = self._text(row.id, position)
+
+    def _text(self, request: int, position: int) -> tuple[int, ...]:
+        """Everything that the keys and values at a position depend on; answers to equal prompts are equal here."""
+        ask = self._asks[request]
+        return (ask.family, position) if position < ask.prompt else (ask.family, ask.prompt, position)
 
     def _place(self, table: tuple[int, ...], position: int) -> tuple[int, int]:
         return table[position // self._page_tokens], position % self._page_tokens
@@ -151,7 +158,7 @@ def play(
         scheduler, recorder, log = Scheduler(settings), Recorder("simulated"), EventLog()
         lengths = {i: ask.length for i, ask in enumerate(asks)}
         prompts = {i: ask.prompt for i, ask in enumerate(asks)}
-        ledger = Ledger(SimulatedBackend(cost or RoundCost(), clock, lengths, prompts), settings.page_tokens)
+        ledger = Ledger(SimulatedBackend(cost or RoundCost(), clock, lengths, prompts), settings.page_tokens, asks)
         injector = FaultInjector(faults, clock)
         backend: Backend = FaultyBackend(ledger, injector) if faults else ledger
         engine = Engine(scheduler, backend, clock, recorder, step_timeout_s=step_timeout_s, log=log)
@@ -182,7 +189,7 @@ def play(
 def _request(number: int, ask: Ask) -> Request:
     return Request(
         id=number,
-        prompt=(7,) * ask.prompt,
+        prompt=(ask.family,) * ask.prompt,
         limit=ask.limit,
         sampling=Sampling(),
         stop_tokens=frozenset({END}),

@@ -1,21 +1,24 @@
-"""Bookkeeping of KV pages: who holds which page of the pool. No tensors; the engine and its simulated twin both use it.
+"""Bookkeeping of KV pages: who holds which page of the pool, and what each full page holds.
 
-A page holds `page_tokens` consecutive positions of one request. A contiguous slot is the case in which one
-page is as long as the longest request.
+No tensors; the engine and its simulated twin both use it. A page holds `page_tokens` consecutive positions of one
+request, or of several whose texts begin alike: full pages are known by a hash of all tokens up to their end, so a
+later request finds them (vLLM's automatic prefix caching; Kwon et al., SOSP 2023). A contiguous slot is the case in
+which one page is as long as the longest request.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
 
 from stretto.core.errors import require
 
 
 class BlockPool:
-    """Pages 0 .. pages-1, each free or held by exactly one request.
+    """Pages 0 .. pages-1, each free, held by one request or more, or kept for its content though nobody holds it.
 
-    The lowest pages of a fresh pool are given out first and freed pages are taken up in the order of their
-    freeing, so the same events always lead to the same tables.
+    The lowest pages of a fresh pool are given out first and freed pages are taken up in the order of their freeing,
+    pages that are kept last, oldest first; so the same events always lead to the same tables.
     """
 
     def __init__(self, *, pages: int, page_tokens: int) -> None:
@@ -24,15 +27,20 @@ class BlockPool:
         self.pages = pages
         self.page_tokens = page_tokens
         self._free: deque[int] = deque(range(pages))
+        self._kept: OrderedDict[int, None] = OrderedDict()
         self._tables: dict[int, list[int]] = {}
+        self._holders: Counter[int] = Counter()
+        self._content: dict[int, str] = {}
+        self._page_of: dict[str, int] = {}
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        """Pages that can be given out, those that are kept for their content included."""
+        return len(self._free) + len(self._kept)
 
     @property
     def held(self) -> int:
-        return self.pages - len(self._free)
+        return self.pages - self.free
 
     def table(self, request: int) -> tuple[int, ...]:
         """The pages of `request` in the order of its positions; empty if it holds none."""
@@ -47,26 +55,75 @@ class BlockPool:
         return max(0, -(-tokens // self.page_tokens) - len(self._tables.get(request, ())))
 
     def can_allocate(self, request: int, tokens: int) -> bool:
-        return self.missing(request, tokens) <= len(self._free)
+        return self.missing(request, tokens) <= self.free
 
     def allocate(self, request: int, tokens: int) -> tuple[int, ...]:
         """Give `request` the pages it lacks to hold `tokens` positions; returns the new ones."""
         count = self.missing(request, tokens)
-        assert count <= len(self._free), f"request {request} wants {count} pages, {len(self._free)} are free"
-        new = tuple(self._free.popleft() for _ in range(count))
+        assert count <= self.free, f"request {request} wants {count} pages, {self.free} are free"
+        new = tuple(self._take() for _ in range(count))
         if new:
             self._tables.setdefault(request, []).extend(new)
+            self._holders.update(new)
         return new
+
+    def adopt(self, request: int, contents: Sequence[str]) -> tuple[int, ...]:
+        """Let `request`, which holds nothing, share pages with these contents, up to the first that is not there."""
+        assert request not in self._tables, f"request {request} holds pages already"
+        found: list[int] = []
+        for content in contents:
+            page = self._page_of.get(content)
+            if page is None:
+                break
+            found.append(page)
+        for page in found:
+            self._kept.pop(page, None)
+        self._holders.update(found)
+        if found:
+            self._tables[request] = found
+        return tuple(found)
+
+    def fill(self, request: int, index: int, content: str) -> None:
+        """The page at `index` of the request's table is full of `content`; kept unless another page has the same."""
+        page = self._tables[request][index]
+        if content not in self._page_of and page not in self._content:
+            self._page_of[content] = page
+            self._content[page] = content
 
     def release(self, request: int) -> None:
         """Take back every page of `request`; none is fine."""
-        self._free.extend(self._tables.pop(request, ()))
+        for page in reversed(
+            self._tables.pop(request, [])
+        ):  # so that the end of a text is given up before its beginning
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            del self._holders[page]
+            if page in self._content:
+                self._kept[page] = None
+            else:
+                self._free.append(page)
 
     def release_all(self) -> None:
+        """Take back every page, and forget what they hold."""
         for request in list(self._tables):
             self.release(request)
+        self._free.extend(self._kept)
+        self._kept.clear()
+        self._content.clear()
+        self._page_of.clear()
 
     def audit(self) -> None:
-        """Check that each page is free or held exactly once."""
-        seen = sorted([*self._free, *(page for table in self._tables.values() for page in table)])
-        assert seen == list(range(self.pages)), "pages were lost or doubled"
+        """Check that each page is free, kept or held, and that holders and contents agree with the tables."""
+        held = Counter(page for table in self._tables.values() for page in table)
+        assert held == self._holders, "holders were miscounted"
+        assert sorted([*self._free, *self._kept, *held]) == list(range(self.pages)), "pages were lost or doubled"
+        assert set(self._kept) <= set(self._content), "a page is kept for nothing"
+        assert {page: content for content, page in self._page_of.items()} == self._content, "contents disagree"
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.popleft()
+        page, _ = self._kept.popitem(last=False)
+        del self._page_of[self._content.pop(page)]
+        return page

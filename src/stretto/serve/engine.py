@@ -9,9 +9,12 @@ given a token twice.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from stretto.core.clock import Clock
 from stretto.core.eventlog import EventLog
@@ -59,6 +62,7 @@ class Handle:
     tokens: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     started_s: float | None = None
+    cached_tokens: int = 0
     reason: str | None = None
     finished_s: float = 0.0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -94,6 +98,7 @@ class Handle:
             first_token_s=self.times_s[0] if self.times_s else None,
             finished_s=self.finished_s,
             token_times_s=tuple(self.times_s),
+            cached_tokens=self.cached_tokens,
         )
 
     def take(self, token: int, at: float) -> bool:
@@ -112,6 +117,15 @@ class Handle:
         self.finished_s = at
         self.stream.finish()
         self._changed.set()
+
+
+def page_hashes(tokens: Sequence[int], page_tokens: int) -> list[str]:
+    """For each full page of a text, a hash of all tokens up to the page's end: 32 hexadecimal digits."""
+    found, digest = [], hashlib.blake2b(digest_size=16)
+    for end in range(page_tokens, len(tokens) + 1, page_tokens):
+        digest.update(np.asarray(tokens[end - page_tokens : end], dtype=np.int64).tobytes())
+        found.append(digest.copy().hexdigest())
+    return found
 
 
 HostSeconds = Callable[[int], float]
@@ -186,9 +200,16 @@ class Engine:
                 "at": handle.arrived_s,
                 "prompt": len(request.prompt),
                 "limit": request.limit,
+                **self._prefix(request),
             }
         )
         return handle
+
+    def _prefix(self, request: Request) -> dict[str, list[str]]:
+        settings = self.scheduler.config
+        if not settings.prefix_cache:
+            return {}
+        return {"prefix": page_hashes(request.prompt, settings.page_tokens)}
 
     @property
     def live(self) -> int:
@@ -280,6 +301,7 @@ class Engine:
             handle = self._live[chunk.id]
             if handle.started_s is None:
                 handle.started_s = now
+                handle.cached_tokens = chunk.start
                 key = Key("queue", micro_batch=chunk.id)
                 self.recorder.request("requests", handle.arrived_s, now, key)
         return Pass(

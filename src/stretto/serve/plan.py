@@ -18,6 +18,7 @@ from stretto.serve.workload import Workload
 SLOTS = (1, 2, 4, 8, 16, 32)
 DTYPES = ("bf16", "fp32")
 LAYOUTS = ("pages", "slots")
+PAGE_TOKENS = 32
 WORKSPACE_BYTES = 0.5e9
 """Room left for activations, logits, the tokenizer and Python itself; seen on this package's own processes."""
 
@@ -39,6 +40,7 @@ class ServePlan:
         layout: "pages" computes the rows of a step by their block tables; "slots", temporal fusion, computes one
             contiguous range of slots, each of which holds one whole request.
         reorder: when holes in the range are closed, with "slots": "eager", "threshold" or "never".
+        prefix_cache: whether requests share the pages of texts that begin alike, with "pages".
         instances: copies of the model that run side by side, each in a process of its own with these slots and
             threads; requests go to the one with the fewest.
     """
@@ -53,6 +55,7 @@ class ServePlan:
     prefill_tokens: int = 512
     layout: Literal["pages", "slots"] = "pages"
     reorder: Reorder = "eager"
+    prefix_cache: bool = False
     instances: int = 1
 
     def __post_init__(self) -> None:
@@ -71,6 +74,7 @@ class ServePlan:
         how = self.dtype if self.path == "torch" else f"fused {self.path} with {self.dtype} KV"
         copies = f"{self.instances} instances of " if self.instances > 1 else ""
         layout = f", fused slots ({self.reorder} reordering)" if self.layout == "slots" else ""
+        layout += ", shared prefixes" if self.prefix_cache else ""
         return (
             f"{copies}{self.slots} slots, {self.joining} joining{layout}, {how} on {self.threads} "
             f"thread{'s' if self.threads > 1 else ''} of {self.device}, {self.prefill_tokens} prompt tokens a pass"
@@ -103,7 +107,15 @@ def _laid_out(job: ServeJob, plan: ServePlan) -> Iterator[ServePlan]:
     freely = plan.joining == "continuous" and plan.slots > 1
     layouts = (LAYOUTS if freely else ("pages",)) if job.layout == "auto" else (job.layout,)
     for layout in layouts:
-        yield replace(plan, layout=layout)  # type: ignore[arg-type]
+        small = (
+            layout == "pages" and plan.path != "torch"
+        )  # torch's attention gathers pages, so that it wants one alone
+        yield replace(
+            plan,
+            layout=layout,  # type: ignore[arg-type]
+            page_tokens=min(PAGE_TOKENS, plan.page_tokens) if small else plan.page_tokens,
+            prefix_cache=small,
+        )
 
 
 def _types(job: ServeJob, work: Workload, device: Device) -> Iterator[tuple[str, str]]:

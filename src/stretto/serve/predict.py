@@ -171,6 +171,7 @@ def scheduler_config(plan: ServePlan, work: Workload) -> SchedulerConfig:
         prefill_tokens=plan.prefill_tokens,
         layout=plan.layout,
         reorder=plan.reorder,
+        prefix_cache=plan.prefix_cache,
     )
 
 

@@ -43,6 +43,7 @@ class Answer:
         reason: why it ended: "stop", "length", "cancelled" or "failed".
         arrived_s, first_token_s, finished_s: instants on the engine's clock; first_token_s is None if there was none.
         token_times_s: the instant of each token.
+        cached_tokens: tokens of the prompt whose keys and values were there already.
     """
 
     id: int
@@ -53,6 +54,7 @@ class Answer:
     first_token_s: float | None
     finished_s: float
     token_times_s: tuple[float, ...] = ()
+    cached_tokens: int = 0
 
     @property
     def latency_s(self) -> float:

@@ -28,6 +28,7 @@ class SchedulerConfig:
         max_wait_s: longest wait for company, for policies that have one.
         layout: "pages", or "slots", where each page is a slot for one whole request and steps work on a range of them.
         reorder: when holes in the range of slots are closed; see `slots.SlotPool`.
+        prefix_cache: whether requests share pages whose texts begin alike, with layout "pages".
     """
 
     joining: str
@@ -38,6 +39,7 @@ class SchedulerConfig:
     max_wait_s: float = 0.05
     layout: Literal["pages", "slots"] = "pages"
     reorder: Reorder = "eager"
+    prefix_cache: bool = False
 
     @property
     def room(self) -> str:
@@ -97,13 +99,14 @@ class Decision:
 @dataclass(slots=True)
 class _Request:
     """One live request. `computed` positions have their KV; `produced` tokens are out; its text is `prompt +
-    produced` long.
+    produced` long; `prefix` has a hash for each full page of its prompt.
     """
 
     id: int
     arrived_s: float
     prompt: int
     limit: int
+    prefix: tuple[str, ...] = ()
     produced: int = 0
     computed: int = 0
 
@@ -120,8 +123,8 @@ class _Request:
 class Scheduler:
     """See the module. `apply` takes an event, `decide` gives a decision; `waiting` and `running` are in order.
 
-    Events: {"type": "arrive", "id", "at", "prompt", "limit"}, {"type": "ran", "steps", "finished": [ids]} after each
-    decision that was carried out, {"type": "cancel", "id"}, {"type": "lost"} (the backend forgot all KV and
+    Events: {"type": "arrive", "id", "at", "prompt", "limit", "prefix"}, {"type": "ran", "steps", "finished": [ids]}
+    after each decision that was carried out, {"type": "cancel", "id"}, {"type": "lost"} (the backend forgot all KV and
     the step's results), {"type": "close"} (no more will arrive), {"type": "tick", "at"} (time, where the
     policy asked to be woken).
     """
@@ -155,7 +158,7 @@ class Scheduler:
 
     def _on_arrive(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
-        request = _Request(event["id"], event["at"], event["prompt"], event["limit"])
+        request = _Request(event["id"], event["at"], event["prompt"], event["limit"], tuple(event.get("prefix", ())))
         assert self.can_ever_fit(request.prompt, request.limit), f"request {request.id} can never fit"
         self.waiting.append(request)
 
@@ -167,12 +170,19 @@ class Scheduler:
         for request in self.running:
             chunk = chunks.get(request.id)
             if chunk is not None:
+                self._note_filled(request, request.computed, request.computed + chunk.count)
                 request.computed += chunk.count
                 request.produced += chunk.last
             elif request.id in decoded:
                 request.computed += steps
                 request.produced += steps
         self._drop({r.id for r in self.running if r.id in finished or r.produced >= r.limit})
+
+    def _note_filled(self, request: _Request, start: int, end: int) -> None:
+        """Pages of the prompt that positions start .. end-1 made full can be shared from now on."""
+        page = self.config.page_tokens
+        for index in range(start // page, min(end // page, len(request.prefix))):
+            self.pool.fill(request.id, index, request.prefix[index])
 
     def _on_cancel(self, event: dict[str, Any]) -> None:
         self._drop({event["id"]})
@@ -274,14 +284,27 @@ class Scheduler:
         for request in self.running:
             if request.decoding or not budget:
                 continue
+            if not request.computed and request.prefix and not self.pool.table(request.id):
+                self._share(request, grown)
             left = request.length - request.computed
             count = min(left, budget)
             if not self.pool.can_allocate(request.id, request.computed + count):
+                if grown.pop(request.id, ()):  # what it shares is of no use yet
+                    self.pool.release(request.id)
+                    request.computed = 0
                 break
             self._allocate(request, request.computed + count, grown)
             chunks.append(Chunk(id=request.id, start=request.computed, count=count, last=count == left))
             budget -= count
         return tuple(chunks)
+
+    def _share(self, request: _Request, grown: dict[int, tuple[int, ...]]) -> None:
+        """Let a newcomer start behind what others have computed of the same text; its last token is always its own."""
+        page = self.config.page_tokens
+        found = self.pool.adopt(request.id, request.prefix[: (request.length - 1) // page])
+        if found:
+            request.computed = len(found) * page
+            grown[request.id] = found
 
     def _close_holes(self) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[int, int] | None]:
         """The moves that the layout asks for, and the range that the step works on; newcomers filled holes before."""

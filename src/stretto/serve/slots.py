@@ -90,6 +90,7 @@ class SlotPool(BlockPool):
         slot = self._best_free()
         self._free.remove(slot)
         self._tables[request] = [slot]
+        self._holders[slot] = 1
         self._holder[slot] = request
         return (slot,)
 
@@ -109,6 +110,7 @@ class SlotPool(BlockPool):
             assert request is not None
             self._holder[source], self._holder[target] = None, request
             self._tables[request] = [target]
+            self._holders[target] = self._holders.pop(source)
             self._free.remove(target)
             self._free.append(source)
         self.moved += len(moves)
