@@ -1,7 +1,7 @@
 // One pass of a Llama-family decoder over packed weights, from embedded rows to logits, in one call.
 //
-// All threads of torch's OpenMP team walk through the layers together and meet at barriers; each owns the same share of the
-// panels of every product, so a layer's weights are read once, from memory to the same core. A row's numbers depend on that row
+// All threads of torch's OpenMP team walk through the layers, stretch by stretch; each has its own share of the panels of every
+// product, so a layer's weights are read once, from memory to the same core. A row's numbers depend on that row
 // alone: not on which rows share the pass, nor on the number of threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -35,7 +35,11 @@ using namespace stretto;
 namespace {
 
 constexpr int64_t kRowBlock = 64;  // rows of a product at once: their activations stay in a core's own cache
-constexpr int kSpins = 20'000;     // turns at a barrier before the processor is offered to others
+constexpr int kSpins = 2'000;      // turns of waiting before the processor is offered to others
+constexpr int kMostThreads = 64;
+constexpr int kStretches = 10;     // of a layer
+constexpr int kMixing = 3;         // the one of attention
+constexpr int64_t kChunk = 4;      // panels of a product that a thread takes at once
 
 // Everything between the products, one row at a time.
 struct RowKernels {
@@ -103,18 +107,25 @@ const RowKernels &row_kernels(const std::string &level) {
     return k_plain;
 }
 
-// Where all threads meet. Whoever comes last opens it; the others spin, and after a while let other processes run.
-class Barrier {
+double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// One stretch of work that threads share, after which the next may begin. Each thread has items of its own, so that the same
+// weights come to the same core in every pass, and helps the others when it is done. The stretch is over when its items are, not when
+// every thread has come: one that another process has put off its core finds them done and hurries after the others.
+class Stretch {
   public:
-    void meet(int threads) {
-        if (threads == 1) return;
-        const int turn = turn_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-            arrived_.store(0, std::memory_order_relaxed);
-            turn_.store(turn + 1, std::memory_order_release);
-            return;
+    template <typename Work>
+    void work(int thread, int threads, int64_t items, const Work &work) {
+        int64_t done = 0;
+        for (int k = 0; k < threads; k++) {
+            const int owner = thread + k < threads ? thread + k : thread + k - threads;
+            const int64_t first = items * owner / threads, count = items * (owner + 1) / threads - first;
+            for (int64_t i; (i = next_[owner].fetch_add(1, std::memory_order_relaxed)) < count; done++) work(first + i);
         }
-        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; spins++) {
+        if (done && done_.fetch_add(done, std::memory_order_acq_rel) + done == items) finished = seconds_now();
+        for (int spins = 0; done_.load(std::memory_order_acquire) < items; spins++) {
             if (spins < kSpins) {
 #if defined(__x86_64__)
                 __builtin_ia32_pause();
@@ -125,9 +136,16 @@ class Barrier {
         }
     }
 
+    void clear(int threads) {
+        for (int t = 0; t < threads; t++) next_[t].store(0, std::memory_order_relaxed);
+        done_.store(0, std::memory_order_relaxed);
+    }
+
+    double finished = 0.0;  // when its last item was done
+
   private:
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<int> turn_{0};
+    std::atomic<int64_t> next_[kMostThreads];
+    alignas(64) std::atomic<int64_t> done_;
 };
 
 struct Free {
@@ -198,10 +216,11 @@ class Decoder {
         run.num_wanted = num_wanted;
         run.logits = reinterpret_cast<float *>(logits);
         nb::gil_scoped_release release;
-        run.allocate();
-        Barrier barrier;
-        together(threads, [&](int thread, int count) { run.walk(thread, count, barrier); });
-        return {run.total_s - run.attention_s - run.head_s, run.attention_s, run.head_s};
+        run.allocate(std::clamp(threads, 1, kMostThreads));
+        threads = std::clamp(threads, 1, kMostThreads);
+        const double began = seconds_now();
+        together(threads, [&](int thread, int count) { run.walk(thread, count); });
+        return run.seconds(began);
     }
 
   private:
@@ -236,17 +255,18 @@ class Decoder {
         float *heads = nullptr, *mixed = nullptr, *both = nullptr, *active = nullptr;
         uint16_t *query16 = nullptr, *mixed16 = nullptr;
         uint8_t *ready = nullptr;
-        std::vector<std::atomic<int64_t>> taken;
-        double total_s = 0.0, attention_s = 0.0, head_s = 0.0;  // by the clock of thread 0
-
-        Run(Decoder &d, const std::string &l, Path p, int64_t r) : decoder(d), level(l), path(p), rows(r), taken(d.layers_.size()) {}
+        Stretch *stretches = nullptr;
+        Run(Decoder &d, const std::string &l, Path p, int64_t r) : decoder(d), level(l), path(p), rows(r) {}
 
         const Shape &shape() const { return decoder.shape_; }
         int64_t all_heads() const { return shape().heads + 2 * shape().kv_heads; }
         int64_t q_width() const { return shape().heads * shape().dim; }
 
-        void allocate() {
+        void allocate(int threads) {
             const Shape &s = shape();
+            const int64_t count = static_cast<int64_t>(decoder.layers_.size()) * kStretches + 2;
+            stretches = decoder.stretches_.get(count);
+            for (int64_t i = 0; i < count; i++) stretches[i].clear(threads);
             products = &packed_kernels(level);
             row = &row_kernels(level);
             attend = attention_kernel(level);
@@ -269,64 +289,56 @@ class Decoder {
 
         Rows ready_for(const Packed &w, int64_t count) const { return Rows(path, count, w, ready); }
 
-        void walk(int thread, int threads, Barrier &barrier) {
+        void walk(int thread, int threads) {
             const Shape &s = shape();
-            std::vector<float> normed(static_cast<size_t>(std::max(s.hidden, q_width())));
-            const double began = now();
-            double mixing = 0.0;
+            std::vector<float> room(static_cast<size_t>(std::max(s.hidden, q_width())));
+            float *normed = room.data();
+            Stretch *stretch = stretches;
+            const auto next = [&](int64_t items, const auto &work) { (stretch++)->work(thread, threads, items, work); };
             for (size_t i = 0; i < decoder.layers_.size(); i++) {
                 const Layer &layer = decoder.layers_[i];
-                norm_into(layer.qkv, layer.norm_attention, normed.data(), nullptr, rows, thread, threads);
-                barrier.meet(threads);
-                multiply(layer.qkv, rows, heads, all_heads() * s.dim, false, thread, threads);
-                if (layer.bias) add_bias(layer, thread, threads);
-                barrier.meet(threads);
-                place(layer, i, thread, threads);
-                barrier.meet(threads);
-                mixing -= now();
-                mix(i);
-                barrier.meet(threads);
-                mixing += now();
-                prepare_mixed(layer.out, normed.data(), thread, threads);
-                barrier.meet(threads);
-                multiply(layer.out, rows, x, s.hidden, true, thread, threads);
-                barrier.meet(threads);
-                norm_into(layer.gate_up, layer.norm_mlp, normed.data(), nullptr, rows, thread, threads);
-                barrier.meet(threads);
-                gate(layer, thread, threads);
-                barrier.meet(threads);
-                const Rows activated = ready_for(layer.down, rows);
-                for (int64_t r = thread; r < rows; r += threads) products->prepare(activated, r, active + r * s.ffn, s.ffn);
-                barrier.meet(threads);
-                multiply(layer.down, rows, x, s.hidden, true, thread, threads);
-                barrier.meet(threads);
+                next(rows, [&](int64_t r) { norm_into(layer.qkv, rows, layer.norm_attention, normed, r, r); });
+                next(chunks(layer.qkv), [&](int64_t c) {
+                    multiply(layer.qkv, rows, c, heads, all_heads() * s.dim, false);
+                    if (layer.bias) add_bias(layer, c);
+                });
+                next(rows, [&](int64_t r) { place(layer, i, r); });
+                next(rows * s.kv_heads, [&](int64_t item) { mix(i, item); });
+                next(rows, [&](int64_t r) { prepare_mixed(layer.out, normed, r); });
+                next(chunks(layer.out), [&](int64_t c) { multiply(layer.out, rows, c, x, s.hidden, true); });
+                next(rows, [&](int64_t r) { norm_into(layer.gate_up, rows, layer.norm_mlp, normed, r, r); });
+                next(chunks(layer.gate_up) / 2 + 1, [&](int64_t c) { gate(layer, c); });
+                next(rows, [&](int64_t r) { products->prepare(ready_for(layer.down, rows), r, active + r * s.ffn, s.ffn); });
+                next(chunks(layer.down), [&](int64_t c) { multiply(layer.down, rows, c, x, s.hidden, true); });
             }
-            const double layers_done = now();
-            norm_into(decoder.head_, decoder.norm_final_, normed.data(), wanted, num_wanted, thread, threads);
-            barrier.meet(threads);
-            multiply(decoder.head_, num_wanted, logits, s.vocab, false, thread, threads);
-            if (thread == 0) {
-                const double end = now();
-                total_s = end - began, attention_s = mixing, head_s = end - layers_done;
-            }
+            next(num_wanted, [&](int64_t r) { norm_into(decoder.head_, num_wanted, decoder.norm_final_, normed, wanted[r], r); });
+            next(num_wanted ? chunks(decoder.head_) : 0,
+                 [&](int64_t c) { multiply(decoder.head_, num_wanted, c, logits, s.vocab, false); });
         }
 
-        static double now() {
-            return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+        // Of the products and what lies between them, of attention, and of the head.
+        std::tuple<double, double, double> seconds(double began) const {
+            const int64_t layers = static_cast<int64_t>(decoder.layers_.size());
+            double attention = 0.0;
+            for (int64_t i = 0; i < layers; i++) {
+                attention += stretches[i * kStretches + kMixing].finished - stretches[i * kStretches + kMixing - 1].finished;
+            }
+            const double layers_done = stretches[layers * kStretches - 1].finished;
+            const double head = num_wanted ? stretches[layers * kStretches + 1].finished - layers_done : 0.0;
+            return {layers_done - began - attention, attention, head};
         }
 
-        void norm_into(const Packed &w, const float *weight, float *normed, const int64_t *which, int64_t count, int thread,
-                       int threads) {
+        static int64_t chunks(const Packed &w) { return (w.panels() + kChunk - 1) / kChunk; }
+
+        // Row `from` of x, normed, as row `to` of what the product takes.
+        void norm_into(const Packed &w, int64_t count, const float *weight, float *normed, int64_t from, int64_t to) {
             const int64_t hidden = shape().hidden;
-            const Rows rows_of = ready_for(w, count);
-            for (int64_t r = thread; r < count; r += threads) {
-                row->norm(x + (which ? which[r] : r) * hidden, weight, normed, hidden, shape().epsilon);
-                products->prepare(rows_of, r, normed, hidden);
-            }
+            row->norm(x + from * hidden, weight, normed, hidden, shape().epsilon);
+            products->prepare(ready_for(w, count), to, normed, hidden);
         }
 
-        void multiply(const Packed &w, int64_t count, float *out, int64_t stride, bool add, int thread, int threads) {
-            multiply_panels(w, count, w.panels() * thread / threads, w.panels() * (thread + 1) / threads, out, stride, add);
+        void multiply(const Packed &w, int64_t count, int64_t chunk, float *out, int64_t stride, bool add) {
+            multiply_panels(w, count, chunk * kChunk, std::min((chunk + 1) * kChunk, w.panels()), out, stride, add);
         }
 
         void multiply_panels(const Packed &w, int64_t count, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
@@ -338,18 +350,18 @@ class Decoder {
             }
         }
 
-        void add_bias(const Layer &layer, int thread, int threads) {
-            const int64_t width = all_heads() * shape().dim, panels = layer.qkv.panels();
-            const int64_t first = panels * thread / threads * kPanel, last = std::min(width, panels * (thread + 1) / threads * kPanel);
+        void add_bias(const Layer &layer, int64_t chunk) {
+            const int64_t width = all_heads() * shape().dim;
+            const int64_t first = chunk * kChunk * kPanel, last = std::min(width, first + kChunk * kPanel);
             for (int64_t r = 0; r < rows; r++) {
                 for (int64_t c = first; c < last; c++) heads[r * width + c] += layer.bias[c];
             }
         }
 
         // Turn queries and keys by their positions; put keys and values in their places.
-        void place(const Layer &layer, size_t index, int thread, int threads) {
+        void place(const Layer &layer, size_t index, int64_t r) {
             const Shape &s = shape();
-            for (int64_t r = thread; r < rows; r += threads) {
+            {
                 float *head = heads + r * all_heads() * s.dim;
                 for (int64_t h = 0; h < s.heads + s.kv_heads; h++) {
                     float *at = head + h * s.dim;
@@ -373,7 +385,7 @@ class Decoder {
             }
         }
 
-        void mix(size_t index) {
+        void mix(size_t index, int64_t item) {
             const Shape &s = shape();
             const AttentionCall call{cache_is_bf16 ? static_cast<const void *>(query16) : heads,
                                      cache_is_bf16 ? q_width() : all_heads() * s.dim,
@@ -388,30 +400,26 @@ class Decoder {
                                      page_tokens,
                                      s.dim,
                                      cache_is_bf16};
-            for (int64_t item; (item = taken[index].fetch_add(1, std::memory_order_relaxed)) < rows * s.kv_heads;) {
-                attend(call, item / s.kv_heads, item % s.kv_heads);
-            }
+            attend(call, item / s.kv_heads, item % s.kv_heads);
         }
 
-        void prepare_mixed(const Packed &w, float *wide, int thread, int threads) {
-            const Rows rows_of = ready_for(w, rows);
-            for (int64_t r = thread; r < rows; r += threads) {
-                const float *from = mixed + r * q_width();
-                if (cache_is_bf16) {
-                    for (int64_t d = 0; d < q_width(); d++) {
-                        const uint32_t bits = static_cast<uint32_t>(mixed16[r * q_width() + d]) << 16;
-                        std::memcpy(wide + d, &bits, sizeof bits);
-                    }
-                    from = wide;
+        void prepare_mixed(const Packed &w, float *wide, int64_t r) {
+            const float *from = mixed + r * q_width();
+            if (cache_is_bf16) {
+                for (int64_t d = 0; d < q_width(); d++) {
+                    const uint32_t bits = static_cast<uint32_t>(mixed16[r * q_width() + d]) << 16;
+                    std::memcpy(wide + d, &bits, sizeof bits);
                 }
-                products->prepare(rows_of, r, from, q_width());
+                from = wide;
             }
+            products->prepare(ready_for(w, rows), r, from, q_width());
         }
 
-        // Gates and what they let through lie a half apart; a thread computes the same columns of both, and their product.
-        void gate(const Layer &layer, int thread, int threads) {
+        // Gates and what they let through lie a half apart; one chunk is the same columns of both, and their product.
+        void gate(const Layer &layer, int64_t chunk) {
             const int64_t ffn = shape().ffn, panels = ffn / kPanel;
-            const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
+            const int64_t first = std::min(chunk * kChunk, panels), last = std::min(first + kChunk, panels);
+            if (first == last) return;
             multiply_panels(layer.gate_up, rows, first, last, both, 2 * ffn, false);
             multiply_panels(layer.gate_up, rows, panels + first, panels + last, both, 2 * ffn, false);
             for (int64_t r = 0; r < rows; r++) {
@@ -428,6 +436,7 @@ class Decoder {
     Buffer<float> heads_, mixed_, both_, active_;
     Buffer<uint16_t> query16_, mixed16_;
     Buffer<uint8_t> ready_;
+    Buffer<Stretch> stretches_;
 };
 
 // Packs q [columns, inner] (uint8; 8-bit values with 128 added), scales and minima [columns, groups] (fp16) into panels.
