@@ -12,18 +12,17 @@ Usage: python benchmarks/simulate_vs_simpy.py [--json] [--quick]
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import simpy
 
+import harness
 from stretto.core import _native
 from stretto.core.schedule import Columns, Schedule
 from stretto.core.simulate import simulate
@@ -152,63 +151,51 @@ def seconds_of(call: Callable[[], object], inner: Callable[[], object] | None = 
     return whole if inner is None else float(inner.seconds)  # type: ignore[attr-defined]
 
 
-def spread(values: list[float]) -> str:
-    return f"{min(values):.4g} to {max(values):.4g}"
+def spread(values: list[float]) -> float:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return float((high - low) / middle)
 
 
-def row(name: str, ours: float, peer: float, unit: str, ratio: float, goal: str, passed: bool) -> dict[str, Any]:
-    return {
-        "name": name,
-        "ours": ours,
-        "peer": peer,
-        "unit": unit,
-        "ratio": ratio,
-        "goal": goal,
-        "pass": passed,
-    }
-
-
-def measure(rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def measure(quick: bool) -> Sequence[harness.Row]:
     timed, small = (schedule_of(size).timed() for size in (TASKS, SIMPY_TASKS))
     fluid, metrics = fluid_case(), to_metrics(TASKS)
     ours_makespan, simpy_makespan = simulate(small).makespan, simpy_pass(small)
 
     took: dict[str, list[float]] = {"pass": [], "simpy": [], "metrics": [], "fluid": []}
-    for _ in range(rounds):
+    for _ in range(3 if quick else 9):
         took["pass"].append(seconds_of(lambda: native_pass(timed)))
         took["simpy"].append(seconds_of(lambda: simpy_pass(small), simpy_pass))
         took["metrics"].append(seconds_of(metrics, metrics))
         took["fluid"].append(seconds_of(lambda: simulate(fluid)))
-    middle = {name: statistics.median(values) for name, values in took.items()}
 
-    rate, simpy_rate = len(timed) / middle["pass"], len(small) / middle["simpy"]
-    agree = abs(ours_makespan / simpy_makespan - 1.0) < 1e-9
-    limits = (
-        ("native pass with cycle check, 1,000,000 tasks", "pass", GOAL_PASS_S),
-        ("extend to metrics, 1,000,000 tasks", "metrics", GOAL_TO_METRICS_S),
-        ("fluid, 100,000 tasks, 1,024 at a time on 256 resources", "fluid", GOAL_FLUID_S),
-    )
-    rows = [
-        row(name, middle[key], limit, "s", middle[key] / limit, f"<= {limit} s", middle[key] <= limit)
-        for name, key, limit in limits
-    ]
-    times = rate / simpy_rate
-    goal = f">= {GOAL_TIMES_SIMPY:.0f}x"
-    rows.insert(
-        1,
-        row(
-            "tasks a second against SimPy",
-            rate,
-            simpy_rate,
-            "tasks/s",
-            times,
-            goal,
-            times >= GOAL_TIMES_SIMPY,
+    def limit(name: str, key: str, goal: float) -> harness.Row:
+        middle = statistics.median(took[key])
+        return harness.Row(name=name, ours=middle, unit="s", goal=goal, at_most=True, spread=spread(took[key]))
+
+    rate, simpy_rate = len(timed) / statistics.median(took["pass"]), len(small) / statistics.median(took["simpy"])
+    return [
+        limit("native pass with cycle check, 1,000,000 tasks", "pass", GOAL_PASS_S),
+        harness.Row(
+            name="tasks a second against SimPy",
+            ours=rate,
+            peer=simpy_rate,
+            unit="tasks/s",
+            ratio=rate / simpy_rate,
+            goal=GOAL_TIMES_SIMPY,
+            spread=spread(took["simpy"]),
+            note=f"SimPy {simpy.__version__} played {SIMPY_TASKS} tasks of the same shape",
         ),
-    )
-    ratio = ours_makespan / simpy_makespan
-    rows.append(row("makespan against SimPy", ours_makespan, simpy_makespan, "s", ratio, "equal to 1e-9", agree))
-    return rows, {name: spread(values) for name, values in took.items()}
+        limit("extend to metrics, 1,000,000 tasks", "metrics", GOAL_TO_METRICS_S),
+        limit("fluid, 100,000 tasks, 1,024 at a time on 256 resources", "fluid", GOAL_FLUID_S),
+        harness.Row(
+            name="makespan beside SimPy's",
+            ours=abs(ours_makespan / simpy_makespan - 1.0),
+            unit="relative difference",
+            goal=1e-9,
+            at_most=True,
+            note=f"{ours_makespan} and {simpy_makespan} s",
+        ),
+    ]
 
 
 def schedule_of(num_tasks: int) -> Schedule:
@@ -218,25 +205,5 @@ def schedule_of(num_tasks: int) -> Schedule:
     return schedule
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9")
-    arguments = parser.parse_args()
-    rows, spreads = measure(3 if arguments.quick else 9)
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        for each in rows:
-            mark = "pass" if each["pass"] else "FAIL"
-            print(
-                f"{mark}  {each['name']}: {each['ours']:.6g} {each['unit']}, against {each['peer']:.6g},"
-                f" ratio {each['ratio']:.4g}, goal {each['goal']}"
-            )
-        print("spread of seconds over rounds:", ", ".join(f"{name} {text}" for name, text in spreads.items()))
-        print(f"SimPy {simpy.__version__} played {SIMPY_TASKS} tasks of the same shape")
-    return 0 if all(each["pass"] for each in rows) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main(measure, __doc__))
