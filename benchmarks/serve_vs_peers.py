@@ -33,7 +33,7 @@ from stretto.serve.local import LocalBackend
 from stretto.serve.request import Answer, Request
 from stretto.serve.scheduler import Scheduler, SchedulerConfig
 
-PEER = Path(__file__).parent / "peers" / "llama_cpp.py"
+PEER = Path(__file__).parent / "peers" / "llama_eval.py"
 DEFAULT_PEER = Path(".peers/llama/bin/python")
 PATHS = {"exact": "fp32", "bf16": "bf16", "fast": "bf16"}
 PROMPT, NEW, PREFILL = 32, 128, 1024
