@@ -95,7 +95,7 @@ def test_the_page_on_adding_is_true(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     try:
         names: dict[str, Any] = {"__name__": "adding"}
         for text in blocks(ADDING, "python"):
-            exec(compile(text, ADDING.name, "exec"), names)  # noqa: S102 (our own document)
+            exec(compile(text, ADDING.name, "exec"), names)
     finally:
         JOININGS.clear()
         JOININGS.update(before)

@@ -22,22 +22,29 @@ if TYPE_CHECKING:
     from stretto.core.trace import Trace
     from stretto.face import chosen_plan, plan, predict, probe, run, simulate, write_report
     from stretto.files import load, load_cluster, save_plan
+    from stretto.serve.llm import LLM, Completion
+    from stretto.serve.sampling import Sampling
 
 _HOME = {
     **dict.fromkeys(["Context", "Plan", "Prediction", "Result"], "stretto.core.plan"),
     **dict.fromkeys(["chosen_plan", "plan", "predict", "probe", "run", "simulate", "write_report"], "stretto.face"),
     **dict.fromkeys(["load", "load_cluster", "save_plan"], "stretto.files"),
+    **dict.fromkeys(["Completion", "LLM"], "stretto.serve.llm"),
     "Ranking": "stretto.core.search",
+    "Sampling": "stretto.serve.sampling",
     "Trace": "stretto.core.trace",
     "UserError": "stretto.core.errors",
 }
 
 __all__ = [
+    "LLM",
+    "Completion",
     "Context",
     "Plan",
     "Prediction",
     "Ranking",
     "Result",
+    "Sampling",
     "Trace",
     "UserError",
     "chosen_plan",

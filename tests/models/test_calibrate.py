@@ -41,6 +41,7 @@ def counted(model: Model, shape: PassShape) -> int:
 def test_pace_weighs_passes_by_how_often_they_occur(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     took = {DECODE: 0.3, PROMPT: 0.9}
     monkeypatch.setattr(calibrate, "_run", lambda _, cache, shape: {"": took[shape]})
+    monkeypatch.setattr(calibrate, "_nearest", lambda shape, most: shape)
     tables = tables_of(model, 1e-3)
     found = calibrate.pace(model, tables, threads=1, passes=[(DECODE, 10.0), (PROMPT, 1.0)])
     said = 1e-3 * (10 * counted(model, DECODE) + counted(model, PROMPT))
@@ -49,12 +50,24 @@ def test_pace_weighs_passes_by_how_often_they_occur(model: Model, monkeypatch: p
 
 def test_a_device_at_half_the_pace_takes_twice_as_long(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_run", lambda _, cache, shape: {"": 0.5})
+    monkeypatch.setattr(calibrate, "_nearest", lambda shape, most: shape)
     device = Device(name="x", kind="cpu", memory_bytes=1, bandwidth=1, peak_flops={}, measured=tables_of(model, 1e-3))
     slow = device.at_pace(2.0)
     paces = [calibrate.pace(model, d.measured, threads=1, passes=[(DECODE, 1.0)]) for d in (device, slow)]
     assert paces[0] == pytest.approx(2 * paces[1])
     with pytest.raises(ValueError, match="factor"):
         device.at_pace(0.0)
+
+
+def test_pace_tries_passes_that_were_calibrated() -> None:
+    grid = list(calibrate._grid())
+    for shape in (DECODE, PROMPT, PassShape(new_tokens=(1,) * 9, cached=(700,) * 9)):
+        near = calibrate._nearest(shape, 2048)
+        assert near in grid
+        assert (max(near.new_tokens) > 1) == (max(shape.new_tokens) > 1)
+    assert calibrate._nearest(PassShape(new_tokens=(350,), cached=(0,)), 2048).new_tokens == (384,)
+    assert calibrate._nearest(PassShape(new_tokens=(1,) * 9, cached=(128,) * 9), 2048).rows == 8
+    assert calibrate._nearest(DECODE, 8) == calibrate._within(DECODE, 8)  # nothing of the grid fits
 
 
 def test_contexts_beyond_the_cache_are_cut_to_fit() -> None:

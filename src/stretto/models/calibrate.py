@@ -7,6 +7,7 @@ gives them. No job is run, and an operation of another model with the same shape
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,11 +97,12 @@ def pace(
     """How many times as long as `tables` say passes take at this moment: 1.1 is a machine ten per cent slower.
 
     Args:
-        passes: shapes to try, each with how often it occurs; contexts beyond 2,000 tokens are tried at 2,000.
+        passes: shapes, each with how often it occurs. In the place of each, the nearest one that was calibrated is
+            tried, so that what the tables make of shapes in between does not count as pace.
     """
     compute(_set_threads, threads)
     cache = compute(_filled_cache, model)
-    shapes = [_within(shape, cache.page_tokens) for shape, _ in passes]
+    shapes = [_nearest(shape, cache.page_tokens) for shape, _ in passes]
     times = [often for _, often in passes]
     rounds: list[list[float]] = []
     spent = 0.0
@@ -138,6 +140,16 @@ def _grid() -> Iterator[PassShape]:
     for new, cached in PREFILL_CACHED.items():
         for before in cached:
             yield PassShape(new_tokens=(new,), cached=(before,))
+
+
+def _nearest(shape: PassShape, most: int) -> PassShape:
+    """The calibrated pass most like `shape`, a pass of prompts or of single tokens, within so many tokens each."""
+
+    def size(of: PassShape) -> tuple[float, float]:
+        return math.log(of.rows), math.log(sum(of.cached) / len(of.cached) + of.rows / len(of.cached))
+
+    alike = [p for p in _grid() if (max(p.new_tokens) > 1) == (max(shape.new_tokens) > 1) and _within(p, most) == p]
+    return min(alike, key=lambda p: math.dist(size(p), size(shape)), default=_within(shape, most))
 
 
 def _within(shape: PassShape, most: int) -> PassShape:

@@ -19,13 +19,14 @@ from stretto.core.errors import FieldError, UserError, require
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
 from stretto.models.calibrate import warm_up
-from stretto.models.load import Model, load_model
+from stretto.models.load import PATHS, Model, load_model, open_model
+from stretto.models.packable import why_not_fused
 from stretto.models.spec import ModelSpec
 from stretto.serve.backend import Backend
 from stretto.serve.engine import Engine, Handle
 from stretto.serve.joining import JOININGS
 from stretto.serve.local import LocalBackend
-from stretto.serve.plan import WORKSPACE_BYTES
+from stretto.serve.plan import PAGE_TOKENS, WORKSPACE_BYTES
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
 from stretto.serve.scheduler import Scheduler, SchedulerConfig
@@ -34,7 +35,6 @@ from stretto.serve.text import AnswerText
 
 T = TypeVar("T")
 
-PAGE_TOKENS = 64
 LONGEST_BY_DEFAULT = 4096
 """Positions of a request unless more are asked for, or the model has fewer."""
 
@@ -46,27 +46,33 @@ class EngineSettings:
     Attributes:
         model: a name, a path (.gguf or a Hugging Face folder) or a Hugging Face id.
         dtype: type of the products and of the KV cache; "auto" takes bf16 where the CPU computes in it, else fp32.
+        path: how passes are computed, as in `ServePlan`; "auto" takes the fused decoder where the weights can stay
+            packed ("bf16" or, in fp32, "exact"), else "torch".
         threads: CPU threads of the passes; None takes all.
         slots: most requests that run at once.
         max_model_len: positions of the longest request, prompt and answer; None takes the model's own, at most 4,096.
         prefill_tokens: most prompt tokens in one pass.
         joining: who joins the running batch, and when.
         layout: of the KV cache, as in `ServePlan`.
+        prefix_cache: whether requests share the pages of texts that begin alike, in layout "pages".
         reorder: when holes are closed in layout "slots".
     """
 
     model: str = "smollm2-135m-instruct"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    path: Literal["auto", "torch", "exact", "bf16", "fast"] = "auto"
     threads: int | None = None
     slots: int = 8
     max_model_len: int | None = None
     prefill_tokens: int = 512
     joining: str = "continuous"
     layout: Literal["pages", "slots"] = "pages"
+    prefix_cache: bool = True
     reorder: Reorder = "eager"
 
     def __post_init__(self) -> None:
         require(self.dtype in ("auto", "fp32", "bf16"), "dtype", self.dtype, "one of auto, fp32, bf16")
+        require(self.path in ("auto", *PATHS), "path", self.path, f"one of auto, {', '.join(PATHS)}")
         require(self.threads is None or 1 <= self.threads <= 4096, "threads", self.threads, "in 1 .. 4096")
         require(1 <= self.slots <= 4096, "slots", self.slots, "in 1 .. 4096")
         require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", self.max_model_len, ">= 2")
@@ -98,6 +104,7 @@ class EngineSettings:
             page_tokens=page,
             prefill_tokens=self.prefill_tokens,
             layout=self.layout,
+            prefix_cache=self.prefix_cache and self.layout == "pages",
             reorder=self.reorder,
         )
 
@@ -126,7 +133,8 @@ def load(settings: EngineSettings) -> Model:
         FieldError: if more positions are asked for than the model has.
     """
     dtype = _native_dtype() if settings.dtype == "auto" else settings.dtype
-    model = load_model(settings.model, dtype=dtype, threads=settings.threads)
+    path = _native_path(settings.model, dtype) if settings.path == "auto" else settings.path
+    model = load_model(settings.model, dtype=dtype, threads=settings.threads, path=path)
     _check_memory(model, settings)
     warm_up(model)
     return model
@@ -136,6 +144,14 @@ def _native_dtype() -> str:
     """bf16 where the CPU multiplies it, else fp32, in which products of bf16 would be computed anyway."""
     flags = _cpu_flags()
     return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
+
+
+def _native_path(model: str, dtype: str) -> str:
+    """The fused decoder where the weights can stay packed."""
+    files = open_model(model)
+    if why_not_fused(files.spec, files.weights) is not None:
+        return "torch"
+    return "exact" if dtype == "fp32" else "bf16"
 
 
 def _cpu_flags() -> set[str]:
