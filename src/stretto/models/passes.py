@@ -187,30 +187,22 @@ def pass_operations(spec: ModelSpec, batch: PassShape, *, dtype: str, path: str 
     """
     if path == "torch":
         return spec.operations(batch, dtype=dtype)
-    packed = "q4_1" if path != "torch" else dtype
-    whole = spec.operations(batch, dtype=dtype, weight_dtype=packed)
+    whole = spec.operations(batch, dtype=dtype, weight_dtype="q4_1")
     name = (
         f"{path}/hidden{spec.hidden}/ffn{spec.ffn}/h{spec.heads}/kv{spec.kv_heads}/d{spec.head_dim}/layers{spec.layers}"
     )
-    inside = [
-        op for op in whole if not op.name.startswith("attention_") and op.name not in ("embed", "norm_final", "lm_head")
-    ]
-    products = [op for op in inside if op.kind == "matmul"]
-    rows = float(batch.rows)
+    products = [op for op in whole if op.kind == "matmul" and op.name != "lm_head"]
+    flops = sum(op.flops * op.count for op in products)
     found = [
         Operation(
             name="products",
             kind="matmul",
             dtype=dtype,
-            flops=sum(op.flops * op.count for op in products),
+            flops=flops,
             bytes=sum(op.bytes * op.count for op in products),
-            shape=(
-                batch.rows,
-                spec.hidden,
-                round(sum(op.flops * op.count for op in products) / (2 * rows * spec.hidden)),
-            ),
+            shape=(batch.rows, spec.hidden, round(flops / (2 * batch.rows * spec.hidden))),
             signature=f"fused-products/{name}",
-            at=(rows,),
+            at=(float(batch.rows),),
         )
     ]
     for op in whole:

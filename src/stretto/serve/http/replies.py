@@ -5,6 +5,7 @@ of the whole body.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class Reply(Protocol):
     def failed(self, error: ApiError) -> Iterable[str]: ...
 
 
-class _Choices:
+class _Choices(ABC):
     """What chat and plain completions share.
 
     Args:
@@ -87,8 +88,9 @@ class _Choices:
         yield event(error.body)
         yield DONE
 
+    @abstractmethod
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        raise NotImplementedError
+        """One answer as an element of `choices`."""
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
