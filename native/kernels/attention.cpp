@@ -14,6 +14,7 @@
 #include <string>
 
 #include "attention.hpp"
+#include "kv_pages.hpp"
 #include "levels.hpp"
 #include "simd.hpp"
 #include "team.hpp"
@@ -23,7 +24,7 @@ using namespace stretto;
 
 namespace {
 
-constexpr int kBlock = 64;       // positions whose scores are held at once, wherever pages end; a multiple of every number of lanes
+constexpr int kBlock = kPagePositions;  // 64: positions whose scores are held at once, wherever pages end; a multiple of every number of lanes
 constexpr int kMostQueries = 4;  // queries of one KV head that share a read of its keys
 constexpr int64_t kShared = 512; // tokens of all rows and KV heads below which a second thread costs more than it saves
 
@@ -52,48 +53,82 @@ STRETTO_INLINE const T *next_keys(const Call &call, const T *keys, int64_t row, 
     return static_cast<const T *>(call.cache) + ((page * 2 * call.kv_heads + head) * call.page_tokens + offset) * DIM;
 }
 
-// QUERIES queries of one row that share KV head `head`; `first` is the number of the first of them in the row.
-// With DOTS, bf16 queries and keys are multiplied as they are, in pairs, into fp32 sums.
-template <typename T, int DIM, int QUERIES, int LANES, bool DOTS>
-STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t first) {
+// An online softmax of QUERIES queries, and the values that it has mixed so far.
+template <int DIM, int QUERIES, int LANES>
+struct Mix {
     using S = Simd<LANES>;
     using Vector = typename S::Vector;
-    constexpr int kParts = DIM / LANES;
-    const T *cache = static_cast<const T *>(call.cache);
-    const T *query = static_cast<const T *>(call.query) + row * call.row_stride + first * DIM;
-    const int64_t *table = call.table + row * call.table_width;
-    const int64_t length = call.length[row], page_tokens = call.page_tokens, heads = 2 * call.kv_heads;
-    const int64_t to_values = call.kv_heads * page_tokens * DIM;  // from a key to its value
-    const float scale = 1.0f / std::sqrt(static_cast<float>(DIM));
+    static constexpr int kParts = DIM / LANES;
 
-    Vector q[QUERIES][kParts], mixed[QUERIES][kParts];
+    Vector mixed[QUERIES][kParts];
     float most[QUERIES], total[QUERIES];
     alignas(64) float score[QUERIES][kBlock];
-    for (int g = 0; g < QUERIES; g++) {
-        if constexpr (DOTS) {
-            for (int j = 0; j < kParts / 2; j++) std::memcpy(&q[g][j], query + g * DIM + 2 * j * LANES, sizeof q[g][j]);
+
+    STRETTO_INLINE Mix() {
+        for (int g = 0; g < QUERIES; g++) {
+            for (int j = 0; j < kParts; j++) mixed[g][j] = Vector{};
+            most[g] = -std::numeric_limits<float>::infinity();
+            total[g] = 0.0f;
         }
-        for (int j = 0; j < kParts; j++) {
-            if constexpr (!DOTS) q[g][j] = S::load(query + g * DIM + j * LANES);
-            mixed[g][j] = Vector{};
-        }
-        most[g] = -std::numeric_limits<float>::infinity();
-        total[g] = 0.0f;
     }
 
-    for (int64_t at = 0; at < length;) {
-        const int count = static_cast<int>(std::min<int64_t>(length - at, kBlock));
-        const T *keys[kBlock];
-        for (int i = 0; i < count;) {
-            const int64_t offset = (at + i) % page_tokens, page = table[(at + i) / page_tokens];
-            const int end = static_cast<int>(std::min<int64_t>(count, i + page_tokens - offset));
-            const T *key = cache + ((page * heads + head) * page_tokens + offset) * DIM;
-            for (; i < end; i++, key += DIM) keys[i] = key;
-        }
-        const T *next = next_keys<T, DIM>(call, keys[0], row, head, at + count);
-
+    // Turns the scores of `count` further positions into their weights, and shrinks what was mixed before to match. Scores up to the
+    // next multiple of LANES must be set, and are 0 afterwards.
+    STRETTO_INLINE void weigh(int count) {
         const int padded = (count + LANES - 1) / LANES * LANES;
-        for (int i = 0; i < padded; i += LANES) {
+        for (int g = 0; g < QUERIES; g++) {
+            float top = most[g];
+            for (int i = 0; i < count; i++) top = score[g][i] > top ? score[g][i] : top;
+            const float shrink = std::exp(most[g] - top);
+            most[g] = top;
+            for (int i = 0; i < padded; i += LANES) {
+                const Vector p = S::exponential(S::load(&score[g][i]) - top);
+                std::memcpy(&score[g][i], &p, sizeof p);
+            }
+            for (int i = count; i < padded; i++) score[g][i] = 0.0f;
+            Vector sums = Vector{};
+            for (int i = 0; i < padded; i += LANES) sums += S::load(&score[g][i]);
+            total[g] = total[g] * shrink + S::sum(sums);
+            for (int j = 0; j < kParts; j++) mixed[g][j] *= shrink;
+        }
+    }
+
+    template <typename T>
+    STRETTO_INLINE void give(T *out) const {
+        for (int g = 0; g < QUERIES; g++) {
+            const float share = 1.0f / total[g];
+            for (int j = 0; j < kParts; j++) {
+                const Vector result = mixed[g][j] * share;
+                for (int lane = 0; lane < LANES; lane++) store(out + g * DIM + j * LANES + lane, result[lane]);
+            }
+        }
+    }
+};
+
+// Queries of one row, ready to be multiplied with keys of their type. With DOTS, bf16 queries and keys are multiplied as they are, in
+// pairs, into fp32 sums.
+template <typename T, int DIM, int QUERIES, int LANES, bool DOTS>
+struct Queries {
+    using S = Simd<LANES>;
+    using Vector = typename S::Vector;
+    static constexpr int kParts = DIM / LANES;
+
+    Vector q[QUERIES][kParts];
+
+    STRETTO_INLINE explicit Queries(const T *query) {
+        for (int g = 0; g < QUERIES; g++) {
+            if constexpr (DOTS) {
+                for (int j = 0; j < kParts / 2; j++) std::memcpy(&q[g][j], query + g * DIM + 2 * j * LANES, sizeof q[g][j]);
+            } else {
+                for (int j = 0; j < kParts; j++) q[g][j] = S::load(query + g * DIM + j * LANES);
+            }
+        }
+    }
+
+    // Takes in `count` positions, at most kBlock, whose values lie `to_values` behind their keys; `next` is where keys are read next.
+    STRETTO_INLINE void absorb(Mix<DIM, QUERIES, LANES> &mix, const T *const *keys, int count, int64_t to_values, const T *next) const {
+        const float scale = 1.0f / std::sqrt(static_cast<float>(DIM));
+        for (int i = 0; i < count; i += LANES) {
             Vector dots[QUERIES][LANES];
             for (int t = 0; t < LANES; t++) {
                 const int token = std::min(i + t, count - 1);
@@ -118,42 +153,154 @@ STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t 
             }
             for (int g = 0; g < QUERIES; g++) {
                 const Vector found = S::sums(dots[g]) * scale;
-                std::memcpy(&score[g][i], &found, sizeof found);
+                std::memcpy(&mix.score[g][i], &found, sizeof found);
             }
         }
-        for (int g = 0; g < QUERIES; g++) {
-            float top = most[g];
-            for (int i = 0; i < count; i++) top = score[g][i] > top ? score[g][i] : top;
-            const float shrink = std::exp(most[g] - top);
-            most[g] = top;
-            for (int i = 0; i < padded; i += LANES) {
-                const Vector p = S::exponential(S::load(&score[g][i]) - top);
-                std::memcpy(&score[g][i], &p, sizeof p);
-            }
-            for (int i = count; i < padded; i++) score[g][i] = 0.0f;
-            Vector sums = Vector{};
-            for (int i = 0; i < padded; i += LANES) sums += S::load(&score[g][i]);
-            total[g] = total[g] * shrink + S::sum(sums);
-            for (int j = 0; j < kParts; j++) mixed[g][j] *= shrink;
-        }
+        mix.weigh(count);
         for (int i = 0; i < count; i++) {
             fetch<DIM>(next + i * DIM);
             for (int j = 0; j < kParts; j++) {
                 const Vector v = S::load(keys[i] + to_values + j * LANES);
-                for (int g = 0; g < QUERIES; g++) mixed[g][j] += v * score[g][i];
+                for (int g = 0; g < QUERIES; g++) mix.mixed[g][j] += v * mix.score[g][i];
             }
         }
+    }
+};
+
+template <typename T>
+STRETTO_INLINE const T *queries_of(const Call &call, int64_t row) {
+    return static_cast<const T *>(call.query) + row * call.row_stride;
+}
+
+template <typename T>
+STRETTO_INLINE T *result_of(const Call &call, int64_t row) {
+    return static_cast<T *>(call.out) + row * call.kv_heads * call.group * call.dim;
+}
+
+// QUERIES queries of one row that share KV head `head`; `first` is the number of the first of them in the row.
+template <typename T, int DIM, int QUERIES, int LANES, bool DOTS>
+STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t first) {
+    const T *cache = static_cast<const T *>(call.cache);
+    const int64_t *table = call.table + row * call.table_width;
+    const int64_t length = call.length[row], page_tokens = call.page_tokens, heads = 2 * call.kv_heads;
+    const int64_t to_values = call.kv_heads * page_tokens * DIM;  // from a key to its value
+    const Queries<T, DIM, QUERIES, LANES, DOTS> queries(queries_of<T>(call, row) + first * DIM);
+    Mix<DIM, QUERIES, LANES> mix;
+    for (int64_t at = 0; at < length;) {
+        const int count = static_cast<int>(std::min<int64_t>(length - at, kBlock));
+        const T *keys[kBlock];
+        for (int i = 0; i < count;) {
+            const int64_t offset = (at + i) % page_tokens, page = table[(at + i) / page_tokens];
+            const int end = static_cast<int>(std::min<int64_t>(count, i + page_tokens - offset));
+            const T *key = cache + ((page * heads + head) * page_tokens + offset) * DIM;
+            for (; i < end; i++, key += DIM) keys[i] = key;
+        }
+        const T *next = next_keys<T, DIM>(call, keys[0], row, head, at + count);
+        queries.absorb(mix, keys, count, to_values, next);
         at += count;
     }
+    mix.give(result_of<T>(call, row) + first * DIM);
+}
 
-    T *out = static_cast<T *>(call.out) + (row * call.kv_heads * call.group + first) * DIM;
+// Takes in a page in 4 bits: its keys by channel, with positions as lanes, then its values by position, with channels as lanes.
+template <int DIM, int QUERIES, int LANES>
+STRETTO_INLINE void absorb_packed(Mix<DIM, QUERIES, LANES> &mix, const float *query, const uint8_t *page) {
+    using S = Simd<LANES>;
+    using Vector = typename S::Vector;
+    constexpr int kParts = DIM / LANES, kRuns = kBlock / LANES;
+    const uint8_t *values = page + packed_half_bytes(DIM);
+    const auto *key_numbers = reinterpret_cast<const uint16_t *>(page + packed_keys_bytes(DIM));
+    const auto *value_numbers = reinterpret_cast<const uint16_t *>(values + packed_keys_bytes(DIM));
+
+    alignas(64) float scaled[QUERIES][DIM];
+    Vector sum[QUERIES][kRuns];
     for (int g = 0; g < QUERIES; g++) {
-        const float share = 1.0f / total[g];
+        Vector offsets{};
         for (int j = 0; j < kParts; j++) {
-            const Vector result = mixed[g][j] * share;
-            for (int lane = 0; lane < LANES; lane++) store(out + g * DIM + j * LANES + lane, result[lane]);
+            const Vector q = S::load(query + g * DIM + j * LANES);
+            offsets += q * S::load_fp16(key_numbers + DIM + j * LANES);
+            S::store(&scaled[g][j * LANES], q * S::load_fp16(key_numbers + j * LANES));
+        }
+        const float offset = S::sum(offsets);
+        for (int i = 0; i < kRuns; i++) sum[g][i] = Vector{} + offset;
+    }
+    for (int d = 0; d < DIM; d++) {
+        const uint8_t *codes = page + d * (kBlock / 2);
+        for (int i = 0; i < kRuns / 2; i++) {
+            Vector low, high;
+            S::load_nibbles(codes + i * LANES, low, high);
+            for (int g = 0; g < QUERIES; g++) {
+                sum[g][i] += low * scaled[g][d];
+                sum[g][kRuns / 2 + i] += high * scaled[g][d];
+            }
+        }
+        __builtin_prefetch(values + d * (kBlock / 2));
+    }
+    for (int g = 0; g < QUERIES; g++) {
+        for (int i = 0; i < kRuns; i++) S::store(&mix.score[g][i * LANES], sum[g][i]);
+    }
+    mix.weigh(kBlock);
+
+    Vector mixed[QUERIES][kParts], weights[QUERIES];
+    for (int g = 0; g < QUERIES; g++) {
+        weights[g] = Vector{};
+        for (int i = 0; i < kBlock; i += LANES) weights[g] += S::load(&mix.score[g][i]);
+        for (int j = 0; j < kParts; j++) mixed[g][j] = Vector{};
+    }
+    for (int t = 0; t < kBlock; t++) {
+        const uint8_t *codes = values + t * (DIM / 2);
+        for (int j = 0; j < kParts / 2; j++) {
+            Vector low, high;
+            S::load_nibbles(codes + j * LANES, low, high);
+            for (int g = 0; g < QUERIES; g++) {
+                mixed[g][j] += low * mix.score[g][t];
+                mixed[g][kParts / 2 + j] += high * mix.score[g][t];
+            }
         }
     }
+    for (int g = 0; g < QUERIES; g++) {
+        const float all = S::sum(weights[g]);
+        for (int j = 0; j < kParts; j++) {
+            mix.mixed[g][j] += mixed[g][j] * S::load_fp16(value_numbers + j * LANES);
+            mix.mixed[g][j] += S::load_fp16(value_numbers + DIM + j * LANES) * all;
+        }
+    }
+}
+
+// The same over a cache in 4 bits: pages before that of the row's own position are packed, its own is open.
+template <typename T, int DIM, int QUERIES, int LANES, bool DOTS>
+STRETTO_INLINE void attend_packed(const Call &call, int64_t row, int64_t head, int64_t first) {
+    using S = Simd<LANES>;
+    const int64_t *table = call.table + row * call.table_width;
+    const int64_t length = call.length[row], full = (length - 1) / kPagePositions;
+    const int64_t stride = call.kv_heads * packed_page_bytes(DIM);
+    const uint8_t *pages = static_cast<const uint8_t *>(call.cache) + head * packed_page_bytes(DIM);
+    const T *query = queries_of<T>(call, row) + first * DIM;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(DIM));
+    alignas(64) float ready[QUERIES * DIM];
+    for (int i = 0; i < QUERIES * DIM; i += LANES) S::store(ready + i, S::load(query + i) * scale);
+    Mix<DIM, QUERIES, LANES> mix;
+    for (int64_t page = 0; page < full; page++) {
+        const uint8_t *next = pages + table[page + 1 < full ? page + 1 : page] * stride;
+        for (int64_t byte = 0; byte < packed_keys_bytes(DIM); byte += 64) __builtin_prefetch(next + byte);
+        absorb_packed<DIM, QUERIES, LANES>(mix, ready, pages + table[page] * stride);
+    }
+    const int64_t open = call.open_table[row * call.table_width + full];
+    const T *key = static_cast<const T *>(call.open) + (open * 2 * call.kv_heads + head) * kPagePositions * DIM;
+    const int count = static_cast<int>(length - full * kPagePositions);
+    const T *keys[kBlock];
+    for (int i = 0; i < count; i++) keys[i] = key + i * DIM;
+    const Queries<T, DIM, QUERIES, LANES, DOTS> queries(query);
+    queries.absorb(mix, keys, count, call.kv_heads * kPagePositions * DIM, key);
+    mix.give(result_of<T>(call, row) + first * DIM);
+}
+
+template <typename T, int DIM, int QUERIES, int LANES, bool DOTS>
+STRETTO_INLINE void attend_either(const Call &call, int64_t row, int64_t head, int64_t first) {
+    if constexpr (DIM % 32 == 0) {
+        if (call.open) return attend_packed<T, DIM, QUERIES, LANES, DOTS>(call, row, head, first);
+    }
+    attend<T, DIM, QUERIES, LANES, DOTS>(call, row, head, first);
 }
 
 template <typename T, int DIM, int LANES, bool DOTS>
@@ -162,10 +309,10 @@ STRETTO_INLINE void attend_head(const Call &call, int64_t row, int64_t head) {
         const int64_t first = head * call.group + done, left = call.group - done;
         const int queries = static_cast<int>(left < kMostQueries ? left : kMostQueries);
         switch (queries) {
-            case 1: attend<T, DIM, 1, LANES, DOTS>(call, row, head, first); break;
-            case 2: attend<T, DIM, 2, LANES, DOTS>(call, row, head, first); break;
-            case 3: attend<T, DIM, 3, LANES, DOTS>(call, row, head, first); break;
-            default: attend<T, DIM, 4, LANES, DOTS>(call, row, head, first); break;
+            case 1: attend_either<T, DIM, 1, LANES, DOTS>(call, row, head, first); break;
+            case 2: attend_either<T, DIM, 2, LANES, DOTS>(call, row, head, first); break;
+            case 3: attend_either<T, DIM, 3, LANES, DOTS>(call, row, head, first); break;
+            default: attend_either<T, DIM, 4, LANES, DOTS>(call, row, head, first); break;
         }
         done += queries;
     }
@@ -213,7 +360,7 @@ AttendHead attention_kernel(const std::string &level) {
     throw std::invalid_argument("level " + level + " is not known here");
 }
 
-bool attention_has(int64_t dim) { return dim == 16 || dim == 32 || dim == 64 || dim == 80 || dim == 96 || dim == 128; }
+bool attention_has(int64_t dim, bool packed) { return packed ? dim % 32 == 0 && dim <= 128 && dim > 0 : dim == 16 || dim == 32 || dim == 64 || dim == 80 || dim == 96 || dim == 128; }
 
 }  // namespace stretto
 
@@ -236,7 +383,7 @@ void decode_attention(const std::string &level, int threads, uintptr_t query, in
                     dim,
                     is_bf16};
     const AttendHead attend = attention_kernel(level);
-    if (!attention_has(dim)) throw std::invalid_argument("head_dim " + std::to_string(dim) + " has no kernel");
+    if (!attention_has(dim, false)) throw std::invalid_argument("head_dim " + std::to_string(dim) + " has no kernel");
     nb::gil_scoped_release release;
     const int64_t tokens = std::accumulate(call.length, call.length + rows, int64_t{0});
     const bool small = tokens * kv_heads < kShared;

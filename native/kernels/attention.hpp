@@ -16,6 +16,10 @@ struct AttentionCall {
     void *out;              // [rows, heads, D]
     int64_t rows, kv_heads, group, page_tokens, dim;
     bool is_bf16;
+    // A cache in 4 bits (see kv_pages.hpp): `cache` holds full pages alone, and what is newer lies in open ones, as above; null and
+    // null for a cache as above.
+    const void *open = nullptr;           // [open pages, 2 * kv_heads, page_tokens, D]
+    const int64_t *open_table = nullptr;  // [rows, table_width]; only those of pages that are not full are looked at
 };
 
 using AttendHead = void (*)(const AttentionCall &, int64_t row, int64_t head);
@@ -23,7 +27,7 @@ using AttendHead = void (*)(const AttentionCall &, int64_t row, int64_t head);
 // The kernel of a level of instructions; throws std::invalid_argument for an unknown one.
 AttendHead attention_kernel(const std::string &level);
 
-// Whether there is a kernel for heads of this width.
-bool attention_has(int64_t dim);
+// Whether there is a kernel for heads of this width, over a cache in 4 bits if `packed`.
+bool attention_has(int64_t dim, bool packed);
 
 }  // namespace stretto

@@ -1,32 +1,30 @@
-// One pass of a Llama-family decoder over packed weights, from embedded rows to logits, in one call.
+// One pass of a Llama-family decoder over packed weights, from tokens to logits, in one call.
 //
 // All threads of torch's OpenMP team walk through the layers, stretch by stretch; each has its own share of the panels of every
 // product, so a layer's weights are read once, from memory to the same core. A row's numbers depend on that row
 // alone: not on which rows share the pass, nor on the number of threads.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <sched.h>
-
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "attention.hpp"
-#include "levels.hpp"
+#include "buffer.hpp"
+#include "elementwise.hpp"
+#include "kv_pages.hpp"
 #include "packed.hpp"
 #include "simd.hpp"
+#include "stretch.hpp"
 #include "team.hpp"
 
 namespace nb = nanobind;
@@ -35,138 +33,9 @@ using namespace stretto;
 namespace {
 
 constexpr int64_t kRowBlock = 64;  // rows of a product at once: their activations stay in a core's own cache
-constexpr int kSpins = 2'000;      // turns of waiting before the processor is offered to others
-constexpr int kMostThreads = 64;
-constexpr int kStretches = 10;     // of a layer
-constexpr int kMixing = 3;         // the one of attention
+constexpr int kStretches = 11;     // of a layer
+constexpr int kMixing = 4;         // the one of attention
 constexpr int64_t kChunk = 4;      // panels of a product that a thread takes at once
-
-// Everything between the products, one row at a time.
-struct RowKernels {
-    void (*norm)(const float *x, const float *weight, float *out, int64_t width, float epsilon);
-    void (*rotate)(float *head, const float *turns, int64_t dim);
-    void (*gate)(const float *gate, const float *up, float *out, int64_t width);
-};
-
-template <int LANES>
-STRETTO_INLINE void norm_row(const float *x, const float *weight, float *out, int64_t width, float epsilon) {
-    // Sixteen sums at every level, so that the levels agree.
-    float sums[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= width; i += 16) {
-        for (int lane = 0; lane < 16; lane++) sums[lane] += x[i + lane] * x[i + lane];
-    }
-    for (; i < width; i++) sums[i & 15] += x[i] * x[i];
-    for (int half = 8; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
-    }
-    const float scale = 1.0f / std::sqrt(sums[0] / static_cast<float>(width) + epsilon);
-    for (i = 0; i < width; i++) out[i] = x[i] * scale * weight[i];
-}
-
-STRETTO_INLINE void rotate_head(float *head, const float *turns, int64_t dim) {
-    for (int64_t i = 0; i < dim; i += 2) {
-        const float x = head[i], y = head[i + 1];
-        head[i] = x * turns[i] - y * turns[i + 1];
-        head[i + 1] = y * turns[i] + x * turns[i + 1];
-    }
-}
-
-template <int LANES>
-STRETTO_INLINE void gate_row(const float *gate, const float *up, float *out, int64_t width) {
-    using S = Simd<LANES>;
-    const auto one = typename S::Vector{} + 1.0f;
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) {
-        const auto g = S::load(gate + i);
-        const auto e = S::exponential(g < 0.0f ? g : -g);
-        S::store(out + i, g * (g < 0.0f ? e : one) / (e + 1.0f) * S::load(up + i));
-    }
-    for (; i < width; i++) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
-}
-
-#define STRETTO_ROW_KERNELS(NAME, TARGET, LANES)                                                             \
-    TARGET void norm_##NAME(const float *x, const float *w, float *o, int64_t n, float e) {                  \
-        norm_row<LANES>(x, w, o, n, e);                                                                      \
-    }                                                                                                        \
-    TARGET void rotate_##NAME(float *h, const float *t, int64_t d) { rotate_head(h, t, d); }                 \
-    TARGET void gate_##NAME(const float *g, const float *u, float *o, int64_t n) { gate_row<LANES>(g, u, o, n); } \
-    const RowKernels k_##NAME{norm_##NAME, rotate_##NAME, gate_##NAME};
-
-#if defined(__x86_64__)
-STRETTO_ROW_KERNELS(avx512, STRETTO_TARGET_AVX512, 16)
-STRETTO_ROW_KERNELS(avx2, STRETTO_TARGET_AVX2, 8)
-#endif
-STRETTO_ROW_KERNELS(plain, , 4)
-
-const RowKernels &row_kernels(const std::string &level) {
-#if defined(__x86_64__)
-    if (level == "avx512bf16" || level == "avx512") return k_avx512;
-    if (level == "avx2") return k_avx2;
-#endif
-    return k_plain;
-}
-
-double seconds_now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-// One stretch of work that threads share, after which the next may begin. Each thread has items of its own, so that the same
-// weights come to the same core in every pass, and helps the others when it is done. The stretch is over when its items are, not when
-// every thread has come: one that another process has put off its core finds them done and hurries after the others.
-class Stretch {
-  public:
-    template <typename Work>
-    void work(int thread, int threads, int64_t items, const Work &work) {
-        int64_t done = 0;
-        for (int k = 0; k < threads; k++) {
-            const int owner = thread + k < threads ? thread + k : thread + k - threads;
-            const int64_t first = items * owner / threads, count = items * (owner + 1) / threads - first;
-            for (int64_t i; (i = next_[owner].fetch_add(1, std::memory_order_relaxed)) < count; done++) work(first + i);
-        }
-        if (done && done_.fetch_add(done, std::memory_order_acq_rel) + done == items) finished = seconds_now();
-        for (int spins = 0; done_.load(std::memory_order_acquire) < items; spins++) {
-            if (spins < kSpins) {
-#if defined(__x86_64__)
-                __builtin_ia32_pause();
-#endif
-            } else {
-                sched_yield();
-            }
-        }
-    }
-
-    void clear(int threads) {
-        for (int t = 0; t < threads; t++) next_[t].store(0, std::memory_order_relaxed);
-        done_.store(0, std::memory_order_relaxed);
-    }
-
-    double finished = 0.0;  // when its last item was done
-
-  private:
-    std::atomic<int64_t> next_[kMostThreads];
-    alignas(64) std::atomic<int64_t> done_;
-};
-
-struct Free {
-    void operator()(void *p) const { std::free(p); }
-};
-
-template <typename T>
-struct Buffer {
-    std::unique_ptr<T[], Free> held;
-    int64_t size = 0;
-
-    T *get(int64_t count) {
-        if (count > size) {
-            const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-            held.reset(static_cast<T *>(std::aligned_alloc(64, bytes)));
-            if (!held) throw std::bad_alloc();
-            size = count;
-        }
-        return held.get();
-    }
-};
 
 struct Layer {
     Packed qkv, out, gate_up, down;
@@ -190,34 +59,46 @@ class Decoder {
         layers_.push_back({qkv, out, gate_up, down, floats(norm_attention), floats(norm_mlp), floats(bias), floats(qk_norm)});
     }
 
+    // Embedded rows are columns of `table`, or where there is none rows of `rows` [vocab, hidden].
+    void set_embedding(const std::optional<Packed> &table, uintptr_t rows) {
+        table_ = table;
+        rows_ = floats(rows);
+    }
+
     void set_head(const Packed &head, uintptr_t norm) {
         head_ = head;
         norm_final_ = floats(norm);
     }
 
-    // x [rows, hidden] is overwritten; see models/fused.py for the others.
-    // Seconds of the products and what lies between them, of attention, and of the head.
-    std::tuple<double, double, double> forward(const std::string &level, const std::string &path, int threads, uintptr_t x, int64_t rows, uintptr_t turns,
-                 uintptr_t lengths, uintptr_t tables, int64_t table_width, const std::vector<uintptr_t> &caches,
-                 int64_t page_tokens, bool cache_is_bf16, uintptr_t wanted, int64_t num_wanted, uintptr_t logits) {
-        if (static_cast<int64_t>(caches.size()) != static_cast<int64_t>(layers_.size())) {
+    // See models/fused.py. Seconds of the products and what lies between them, of attention, and of the head.
+    std::tuple<double, double, double> forward(const std::string &level, const std::string &path, int threads, uintptr_t tokens,
+                                               int64_t rows, uintptr_t turns, uintptr_t lengths, uintptr_t tables,
+                                               int64_t table_width, const std::vector<uintptr_t> &caches, int64_t page_tokens,
+                                               bool cache_is_bf16, const std::vector<uintptr_t> &open,
+                                               uintptr_t open_tables, uintptr_t wanted, int64_t num_wanted, uintptr_t logits,
+                                               uintptr_t picks) {
+        if (caches.size() != layers_.size() || (!open.empty() && open.size() != layers_.size())) {
             throw std::invalid_argument("there must be one cache a layer");
         }
+        if (!attention_has(shape_.dim, !open.empty())) throw std::invalid_argument("heads of this width have no kernel");
         Run run{*this, level, path_of(path), rows};
-        run.x = reinterpret_cast<float *>(x);
-        run.turns = reinterpret_cast<const float *>(turns);
+        run.tokens = reinterpret_cast<const int64_t *>(tokens);
+        run.turns = floats(turns);
         run.lengths = reinterpret_cast<const int64_t *>(lengths);
         run.tables = reinterpret_cast<const int64_t *>(tables);
         run.table_width = table_width;
         run.caches = &caches;
         run.page_tokens = page_tokens;
         run.cache_is_bf16 = cache_is_bf16;
+        run.open = open.empty() ? nullptr : &open;
+        run.open_tables = reinterpret_cast<const int64_t *>(open_tables);
         run.wanted = reinterpret_cast<const int64_t *>(wanted);
         run.num_wanted = num_wanted;
         run.logits = reinterpret_cast<float *>(logits);
+        run.picks = reinterpret_cast<int64_t *>(picks);
         nb::gil_scoped_release release;
-        run.allocate(std::clamp(threads, 1, kMostThreads));
         threads = std::clamp(threads, 1, kMostThreads);
+        run.allocate(threads);
         const double began = seconds_now();
         together(threads, [&](int thread, int count) { run.walk(thread, count); });
         return run.seconds(began);
@@ -238,21 +119,24 @@ class Decoder {
         const std::string &level;
         const Path path;
         const int64_t rows;
-        float *x = nullptr;
-        const float *turns = nullptr;
+        const int64_t *tokens = nullptr;
+        const float *turns = nullptr;  // [positions, dim]
         const int64_t *lengths = nullptr, *tables = nullptr;
         int64_t table_width = 0;
         const std::vector<uintptr_t> *caches = nullptr;
         int64_t page_tokens = 0;
         bool cache_is_bf16 = false;
+        const std::vector<uintptr_t> *open = nullptr;  // of a cache in 4 bits: its open pages, layer by layer; else null
+        const int64_t *open_tables = nullptr;
         const int64_t *wanted = nullptr;
         int64_t num_wanted = 0;
-        float *logits = nullptr;
+        float *logits = nullptr;   // [num_wanted, vocab]; null if nobody wants them
+        int64_t *picks = nullptr;  // [num_wanted], the most likely token of each; null if nobody wants them
 
         const Kernels *products = nullptr;
         const RowKernels *row = nullptr;
         AttendHead attend = nullptr;
-        float *heads = nullptr, *mixed = nullptr, *both = nullptr, *active = nullptr;
+        float *x = nullptr, *heads = nullptr, *mixed = nullptr, *both = nullptr, *active = nullptr;
         uint16_t *query16 = nullptr, *mixed16 = nullptr;
         uint8_t *ready = nullptr;
         Stretch *stretches = nullptr;
@@ -264,12 +148,14 @@ class Decoder {
 
         void allocate(int threads) {
             const Shape &s = shape();
-            const int64_t count = static_cast<int64_t>(decoder.layers_.size()) * kStretches + 2;
+            const int64_t count = static_cast<int64_t>(decoder.layers_.size()) * kStretches + 3;
             stretches = decoder.stretches_.get(count);
             for (int64_t i = 0; i < count; i++) stretches[i].clear(threads);
             products = &packed_kernels(level);
             row = &row_kernels(level);
             attend = attention_kernel(level);
+            x = decoder.x_.get(rows * s.hidden);
+            if (!logits) logits = decoder.logits_.get(num_wanted * s.vocab);
             heads = decoder.heads_.get(rows * all_heads() * s.dim);
             mixed = decoder.mixed_.get(rows * q_width());
             both = decoder.both_.get(rows * 2 * s.ffn);
@@ -297,12 +183,16 @@ class Decoder {
             const auto next = [&](int64_t items, const auto &work) { (stretch++)->work(thread, threads, items, work); };
             for (size_t i = 0; i < decoder.layers_.size(); i++) {
                 const Layer &layer = decoder.layers_[i];
-                next(rows, [&](int64_t r) { norm_into(layer.qkv, rows, layer.norm_attention, normed, r, r); });
+                next(rows, [&](int64_t r) {
+                    if (i == 0) embed(r);
+                    norm_into(layer.qkv, rows, layer.norm_attention, normed, r, r);
+                });
                 next(chunks(layer.qkv), [&](int64_t c) {
                     multiply(layer.qkv, rows, c, heads, all_heads() * s.dim, false);
                     if (layer.bias) add_bias(layer, c);
                 });
                 next(rows, [&](int64_t r) { place(layer, i, r); });
+                next(open ? rows * s.kv_heads : 0, [&](int64_t item) { close_page(i, item); });
                 next(rows * s.kv_heads, [&](int64_t item) { mix(i, item); });
                 next(rows, [&](int64_t r) { prepare_mixed(layer.out, normed, r); });
                 next(chunks(layer.out), [&](int64_t c) { multiply(layer.out, rows, c, x, s.hidden, true); });
@@ -314,6 +204,16 @@ class Decoder {
             next(num_wanted, [&](int64_t r) { norm_into(decoder.head_, num_wanted, decoder.norm_final_, normed, wanted[r], r); });
             next(num_wanted ? chunks(decoder.head_) : 0,
                  [&](int64_t c) { multiply(decoder.head_, num_wanted, c, logits, s.vocab, false); });
+            if (picks) next(num_wanted, [&](int64_t r) { picks[r] = row->largest(logits + r * s.vocab, s.vocab); });
+        }
+
+        void embed(int64_t r) {
+            const int64_t hidden = shape().hidden;
+            if (decoder.table_) {
+                unpack_column(*decoder.table_, tokens[r], x + r * hidden, hidden);
+            } else {
+                std::memcpy(x + r * hidden, decoder.rows_ + tokens[r] * hidden, static_cast<size_t>(hidden) * sizeof(float));
+            }
         }
 
         // Of the products and what lies between them, of attention, and of the head.
@@ -361,27 +261,49 @@ class Decoder {
         // Turn queries and keys by their positions; put keys and values in their places.
         void place(const Layer &layer, size_t index, int64_t r) {
             const Shape &s = shape();
-            {
-                float *head = heads + r * all_heads() * s.dim;
-                for (int64_t h = 0; h < s.heads + s.kv_heads; h++) {
+            const int64_t turned = s.heads + s.kv_heads, position = lengths[r] - 1;
+            float *head = heads + r * all_heads() * s.dim;
+            if (layer.qk_norm) {
+                for (int64_t h = 0; h < turned; h++) {
                     float *at = head + h * s.dim;
-                    if (layer.qk_norm) row->norm(at, layer.qk_norm + (h < s.heads ? 0 : s.dim), at, s.dim, s.epsilon);
-                    row->rotate(at, turns + r * s.dim, s.dim);
+                    row->norm(at, layer.qk_norm + (h < s.heads ? 0 : s.dim), at, s.dim, s.epsilon);
                 }
-                const int64_t position = lengths[r] - 1, page = tables[r * table_width + position / page_tokens];
-                for (int64_t h = 0; h < 2 * s.kv_heads; h++) {
-                    const int64_t to = ((page * 2 * s.kv_heads + h) * page_tokens + position % page_tokens) * s.dim;
-                    const float *from = head + (s.heads + h) * s.dim;
-                    if (cache_is_bf16) {
-                        uint16_t *cache = reinterpret_cast<uint16_t *>((*caches)[index]) + to;
-                        for (int64_t d = 0; d < s.dim; d++) store(cache + d, from[d]);
-                    } else {
-                        std::memcpy(reinterpret_cast<float *>((*caches)[index]) + to, from, static_cast<size_t>(s.dim) * sizeof(float));
-                    }
-                }
+            }
+            row->rotate(head, turns + position * s.dim, turned, s.dim);
+            const int64_t page = (open ? open_tables : tables)[r * table_width + position / page_tokens];
+            const uintptr_t cache_of_layer = open ? (*open)[index] : (*caches)[index];
+            for (int64_t h = 0; h < 2 * s.kv_heads; h++) {
+                const int64_t to = ((page * 2 * s.kv_heads + h) * page_tokens + position % page_tokens) * s.dim;
+                const float *from = head + (s.heads + h) * s.dim;
                 if (cache_is_bf16) {
-                    for (int64_t d = 0; d < q_width(); d++) store(query16 + r * q_width() + d, head[d]);
+                    uint16_t *cache = reinterpret_cast<uint16_t *>(cache_of_layer) + to;
+                    for (int64_t d = 0; d < s.dim; d++) store(cache + d, from[d]);
+                } else {
+                    float *cache = reinterpret_cast<float *>(cache_of_layer) + to;
+                    std::memcpy(cache, from, static_cast<size_t>(s.dim) * sizeof(float));
                 }
+            }
+            if (cache_is_bf16) {
+                for (int64_t d = 0; d < q_width(); d++) store(query16 + r * q_width() + d, head[d]);
+            }
+        }
+
+        // Pack the page whose last position is this row's, for one KV head.
+        void close_page(size_t index, int64_t item) {
+            const int64_t r = item / shape().kv_heads, h = item % shape().kv_heads, dim = shape().dim;
+            const int64_t place = r * table_width + (lengths[r] - 1) / kPagePositions;
+            if (lengths[r] % kPagePositions) return;
+            const int64_t run = kPagePositions * dim, to_values = shape().kv_heads * run;
+            const int64_t from = (open_tables[place] * 2 * shape().kv_heads + h) * run;
+            uint8_t *to = reinterpret_cast<uint8_t *>((*caches)[index]) + (tables[place] * shape().kv_heads + h) * packed_page_bytes(dim);
+            const auto pack_both = [&](const auto *keys) {
+                pack_page(keys, dim, true, to);
+                pack_page(keys + to_values, dim, false, to + packed_half_bytes(dim));
+            };
+            if (cache_is_bf16) {
+                pack_both(reinterpret_cast<const uint16_t *>((*open)[index]) + from);
+            } else {
+                pack_both(reinterpret_cast<const float *>((*open)[index]) + from);
             }
         }
 
@@ -399,7 +321,9 @@ class Decoder {
                                      s.heads / s.kv_heads,
                                      page_tokens,
                                      s.dim,
-                                     cache_is_bf16};
+                                     cache_is_bf16,
+                                     open ? reinterpret_cast<const void *>((*open)[index]) : nullptr,
+                                     open_tables};
             attend(call, item / s.kv_heads, item % s.kv_heads);
         }
 
@@ -433,102 +357,21 @@ class Decoder {
     std::vector<Layer> layers_;
     Packed head_{};
     const float *norm_final_ = nullptr;
-    Buffer<float> heads_, mixed_, both_, active_;
+    std::optional<Packed> table_;
+    const float *rows_ = nullptr;
+    Buffer<float> x_, logits_, heads_, mixed_, both_, active_;
     Buffer<uint16_t> query16_, mixed16_;
     Buffer<uint8_t> ready_;
     Buffer<Stretch> stretches_;
 };
 
-// Packs q [columns, inner] (uint8; 8-bit values with 128 added), scales and minima [columns, groups] (fp16) into panels.
-void pack(const Packed &w, uintptr_t q, uintptr_t scales, uintptr_t minima) {
-    const uint8_t *values = reinterpret_cast<const uint8_t *>(q);
-    const uint16_t *d = reinterpret_cast<const uint16_t *>(scales), *m = reinterpret_cast<const uint16_t *>(minima);
-    uint8_t *data = const_cast<uint8_t *>(w.data);
-    std::memset(data, 0, static_cast<size_t>(w.bytes()));
-    for (int64_t column = 0; column < w.columns; column++) {
-        const int64_t lane = column % kPanel;
-        for (int64_t g = 0; g < w.groups(); g++) {
-            uint8_t *at = data + column / kPanel * w.panel_bytes() + g * w.group_bytes();
-            uint16_t *numbers = reinterpret_cast<uint16_t *>(at);
-            numbers[lane] = d[column * w.groups() + g];
-            if (w.minimum) numbers[kPanel + lane] = m[column * w.groups() + g];
-            at += kPanel * 2 * (w.minimum ? 2 : 1);
-            const uint8_t *from = values + column * w.inner + g * w.group;
-            for (int k = 0; k < w.group; k++) {
-                if (w.bits == 4) {
-                    at[k / 8 * 64 + lane * 4 + (k & 3)] |= static_cast<uint8_t>(from[k] << (k & 4));
-                } else {
-                    at[k / 4 * 64 + lane * 4 + (k & 3)] = from[k];
-                }
-            }
-        }
-    }
-}
-
-// The blocks of a GGUF tensor of the same shape, as they lie in the file, into panels.
-void pack_gguf(const Packed &w, uintptr_t blocks) {
-    const int64_t block_bytes = w.bits == 8 ? 34 : w.minimum ? 20 : 18;
-    const uint8_t *from = reinterpret_cast<const uint8_t *>(blocks);
-    uint8_t *data = const_cast<uint8_t *>(w.data);
-    std::memset(data, 0, static_cast<size_t>(w.bytes()));
-    for (int64_t column = 0; column < w.columns; column++) {
-        const int64_t lane = column % kPanel;
-        for (int64_t g = 0; g < w.groups(); g++, from += block_bytes) {
-            uint8_t *at = data + column / kPanel * w.panel_bytes() + g * w.group_bytes();
-            std::memcpy(at + lane * 2, from, 2);
-            if (w.minimum) std::memcpy(at + kPanel * 2 + lane * 2, from + 2, 2);
-            at += kPanel * 2 * (w.minimum ? 2 : 1);
-            const uint8_t *q = from + (w.minimum ? 4 : 2);
-            for (int k = 0; k < 32; k++) {
-                if (w.bits == 4) {
-                    const int value = k < 16 ? q[k] & 15 : q[k - 16] >> 4;
-                    at[k / 8 * 64 + lane * 4 + (k & 3)] |= static_cast<uint8_t>(value << (k & 4));
-                } else {
-                    at[k / 4 * 64 + lane * 4 + (k & 3)] = static_cast<uint8_t>(q[k] + 128);
-                }
-            }
-        }
-    }
-}
-
-// x [rows, length] times w: out [rows, columns]; for tests and for products outside the decoder.
-void packed_multiply(const std::string &level, const std::string &path, int threads, const Packed &w, uintptr_t x, int64_t rows,
-                     int64_t length, uintptr_t out) {
-    const Path how = path == "exact" ? Path::exact : path == "bf16" ? Path::bf16 : Path::fast;
-    const Kernels &kernels = packed_kernels(level);
-    nb::gil_scoped_release release;
-    Rows ready(how, rows, w, nullptr);
-    Buffer<uint8_t> buffer;
-    ready.data = buffer.get(std::max<int64_t>(1, rows * ready.row_bytes()));
-    const float *from = reinterpret_cast<const float *>(x);
-    share(threads, rows, [&](int64_t r) { kernels.prepare(ready, r, from + r * length, length); });
-    share(threads, threads, [&](int64_t part) {
-        const int64_t first = w.panels() * part / threads, last = w.panels() * (part + 1) / threads;
-        Rows block = ready;
-        for (int64_t r = 0; r < rows; r += kRowBlock) {
-            block.count = std::min(kRowBlock, rows - r);
-            block.data = ready.row(r);
-            float *to = reinterpret_cast<float *>(out) + r * w.columns;
-            kernels.multiply(block, w, first, last, to, w.columns, false);
-        }
-    });
-}
-
 }  // namespace
 
 void bind_decoder(nb::module_ &m) {
-    nb::class_<Packed>(m, "Packed")
-        .def("__init__",
-             [](Packed *p, uintptr_t data, int64_t columns, int64_t inner, int group, int bits, bool minimum) {
-                 new (p) Packed{reinterpret_cast<const uint8_t *>(data), columns, inner, group, bits, minimum};
-             })
-        .def_prop_ro("bytes", &Packed::bytes);
-    m.def("pack", &pack);
-    m.def("pack_gguf", &pack_gguf);
-    m.def("packed_multiply", &packed_multiply);
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
         .def("add_layer", &Decoder::add_layer)
+        .def("set_embedding", &Decoder::set_embedding, nb::arg("table").none(), nb::arg("rows"))
         .def("set_head", &Decoder::set_head)
         .def("forward", &Decoder::forward);
 }

@@ -6,9 +6,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
+#include "elementwise.hpp"
 #include "levels.hpp"
 #include "simd.hpp"
 #include "team.hpp"
@@ -71,22 +73,81 @@ struct Activation {
 };
 
 template <typename T, int LANES>
-STRETTO_INLINE void gate_row(const Activation &call, int64_t row) {
+STRETTO_INLINE void gate_values(const T *gate, const T *up, T *out, int64_t width) {
     using S = Simd<LANES>;
-    const T *gate = static_cast<const T *>(call.both) + row * 2 * call.width, *up = gate + call.width;
-    T *out = static_cast<T *>(call.out) + row * call.width;
     const auto one = typename S::Vector{} + 1.0f;
     int64_t i = 0;
-    for (; i + LANES <= call.width; i += LANES) {
+    for (; i + LANES <= width; i += LANES) {
         const auto g = S::load(gate + i);
         const auto e = S::exponential(g < 0.0f ? g : -g);  // never above 1, so nothing overflows
         S::store(out + i, g * (g < 0.0f ? e : one) / (e + 1.0f) * S::load(up + i));
     }
-    for (; i < call.width; i++) {
+    for (; i < width; i++) {
         const float g = widened(gate[i]);
         store(out + i, g / (1.0f + std::exp(-g)) * widened(up[i]));
     }
 }
+
+template <typename T, int LANES>
+STRETTO_INLINE void gate_row(const Activation &call, int64_t row) {
+    const T *gate = static_cast<const T *>(call.both) + row * 2 * call.width;
+    gate_values<T, LANES>(gate, gate + call.width, static_cast<T *>(call.out) + row * call.width, call.width);
+}
+
+STRETTO_INLINE void norm_row(const float *x, const float *weight, float *out, int64_t width, float epsilon) {
+    float sums[16] = {};  // at every level, so that the levels agree
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) {
+        for (int lane = 0; lane < 16; lane++) sums[lane] += x[i + lane] * x[i + lane];
+    }
+    for (; i < width; i++) sums[i & 15] += x[i] * x[i];
+    for (int half = 8; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
+    }
+    const float scale = 1.0f / std::sqrt(sums[0] / static_cast<float>(width) + epsilon);
+    for (i = 0; i < width; i++) out[i] = x[i] * scale * weight[i];
+}
+
+template <int LANES>
+STRETTO_INLINE int64_t largest_of(const float *values, int64_t count) {
+    using S = Simd<LANES>;
+    typename S::Vector top = typename S::Vector{} - std::numeric_limits<float>::infinity();
+    typename S::Integers numbers{};  // all ones as long as every value was a number
+    numbers = ~numbers;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const auto v = S::load(values + i);
+        top = v > top ? v : top;
+        numbers &= v == v;
+    }
+    bool sound = true;
+    float most = -std::numeric_limits<float>::infinity();
+    for (int lane = 0; lane < LANES; lane++) {
+        sound &= numbers[lane] != 0;
+        most = top[lane] > most ? top[lane] : most;
+    }
+    for (; i < count; i++) {
+        sound &= values[i] == values[i];
+        most = values[i] > most ? values[i] : most;
+    }
+    for (i = 0; i < count; i++) {
+        if (sound ? values[i] == most : values[i] != values[i]) return i;
+    }
+    return 0;
+}
+
+#define STRETTO_ROW_KERNELS(NAME, TARGET, LANES)                                                                             \
+    TARGET void row_norm_##NAME(const float *x, const float *w, float *o, int64_t n, float e) { norm_row(x, w, o, n, e); }   \
+    TARGET void row_rotate_##NAME(float *h, const float *t, int64_t count, int64_t dim) {                                    \
+        rotate_row<float, LANES>(Rotation{h, 0, t, count, dim}, 0);                                                          \
+    }                                                                                                                        \
+    TARGET void row_gate_##NAME(const float *g, const float *u, float *o, int64_t n) { gate_values<float, LANES>(g, u, o, n); } \
+    TARGET int64_t row_largest_##NAME(const float *v, int64_t n) { return largest_of<LANES>(v, n); }                         \
+    const RowKernels k_##NAME{row_norm_##NAME, row_rotate_##NAME, row_gate_##NAME, row_largest_##NAME};
+
+STRETTO_X86(STRETTO_ROW_KERNELS(avx512, STRETTO_TARGET_AVX512, 16))
+STRETTO_X86(STRETTO_ROW_KERNELS(avx2, STRETTO_TARGET_AVX2, 8))
+STRETTO_ROW_KERNELS(plain, , 4)
 
 #define STRETTO_LEVELS(NAME, ROW, CALL)                                                                        \
     template <int LANES>                                                                                       \
@@ -139,6 +200,17 @@ void scatter(int threads, uintptr_t from, int64_t row_stride, uintptr_t cache, u
 }
 
 }  // namespace
+
+namespace stretto {
+
+const RowKernels &row_kernels(const std::string &level) {
+    STRETTO_X86(if (level == "avx512bf16" || level == "avx512") return k_avx512;)
+    STRETTO_X86(if (level == "avx2") return k_avx2;)
+    if (level == "plain") return k_plain;
+    throw std::invalid_argument("level " + level + " is not known here");
+}
+
+}  // namespace stretto
 
 void bind_elementwise(nb::module_ &m) {
     m.def("rotate", &rotate);

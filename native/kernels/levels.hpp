@@ -11,7 +11,7 @@ namespace stretto {
 #define STRETTO_X86(...)
 #endif
 #define STRETTO_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
-#define STRETTO_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define STRETTO_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 // The best of "avx512bf16", "avx512", "avx2" and "plain" on this machine.
 inline std::string best_level() {
@@ -19,7 +19,7 @@ inline std::string best_level() {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         return __builtin_cpu_supports("avx512bf16") ? "avx512bf16" : "avx512";
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif
     return "plain";
 }

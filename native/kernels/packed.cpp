@@ -5,8 +5,10 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <vector>
 
 #include "levels.hpp"
+#include "narrow.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,39 +18,8 @@ namespace stretto {
 
 namespace {
 
-// fp16 and bf16, bit by bit; the plain level's, and everybody's where speed does not matter.
-float from_half(uint16_t h) {
-    const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = h >> 10 & 31u, fraction = h & 1023u;
-    uint32_t bits;
-    if (exponent == 0) {
-        const float value = std::ldexp(float(fraction), -24);
-        return sign ? -value : value;
-    }
-    bits = sign | (exponent == 31 ? 255u : exponent + 112u) << 23 | fraction << 13;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return uint16_t(bits >> 16 | 0x40u);  // NaN stays NaN
-    bits += 0x7FFFu + (bits >> 16 & 1u);
-    return uint16_t(bits >> 16);
-}
-
-float from_bf16(uint16_t h) {
-    const uint32_t bits = uint32_t(h) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // Where element k of four neighbours lies among its bf16 values.
 constexpr int kPlace[4] = {0, 2, 1, 3};
-
-constexpr int kLargest = 0x7F7F00;  // below the largest number of three signed digits of base 256, so that rounding stays in
 
 struct Row {
     const int8_t *bytes;
@@ -60,7 +31,7 @@ Row parts(const Rows &rows, int64_t r) {
     const uint8_t *at = rows.row(r);
     const float *numbers = reinterpret_cast<const float *>(at + rows.values_bytes());
     return {reinterpret_cast<const int8_t *>(at), reinterpret_cast<const uint16_t *>(at), numbers,
-            rows.form == Form::halves ? numbers : numbers + rows.groups()};
+            rows.whole() ? numbers + rows.groups() : numbers};
 }
 
 // The scale of a group whose largest magnitude is `most`, and its inverse. What is not finite makes the whole group NaN.
@@ -76,7 +47,18 @@ struct Scale {
     }
 };
 
+// `x` in the order that the weights want, padded with zeros, or as it is; `length` becomes that of the result.
+const float *sorted(const Rows &rows, const float *x, int64_t &length) {
+    if (!rows.order) return x;
+    thread_local std::vector<float> room;
+    room.resize(static_cast<size_t>(rows.inner));
+    for (int64_t i = 0; i < rows.inner; i++) room[i] = rows.order[i] < 0 ? 0.0f : x[rows.order[i]];
+    length = rows.inner;
+    return room.data();
+}
+
 void prepare_plain(const Rows &rows, int64_t r, const float *x, int64_t length) {
+    x = sorted(rows, x, length);
     uint8_t *at = rows.row(r);
     float *numbers = reinterpret_cast<float *>(at + rows.values_bytes());
     const int group = rows.group;
@@ -85,11 +67,17 @@ void prepare_plain(const Rows &rows, int64_t r, const float *x, int64_t length) 
             const float v = g * group + i < length ? x[g * group + i] : 0.0f;
             return rows.rounded ? from_bf16(to_bf16(v)) : v;
         };
-        if (rows.form == Form::halves) {
+        if (!rows.whole()) {
             float sum = 0.0f;
             for (int i = 0; i < group; i++) {
-                reinterpret_cast<uint16_t *>(at)[g * group + (i & ~3) + kPlace[i & 3]] = to_bf16(value(i));
-                sum += value(i);
+                const int64_t to = g * group + (i & ~3) + kPlace[i & 3];
+                float rest = value(i);
+                sum += rest;
+                for (int plane = 0; plane < rows.planes(); plane++) {
+                    const uint16_t part = to_bf16(rest);
+                    reinterpret_cast<uint16_t *>(at)[plane * rows.inner + to] = part;
+                    rest -= from_bf16(part);
+                }
             }
             numbers[g] = sum;
             continue;
@@ -99,14 +87,13 @@ void prepare_plain(const Rows &rows, int64_t r, const float *x, int64_t length) 
             const float size = std::fabs(value(i));
             most = size <= most || most != most ? most : size;  // a NaN stays
         }
-        const bool planes = rows.form == Form::planes;
-        const Scale of(most, planes ? float(kLargest) : 127.0f);
+        const Scale of(most, rows.largest(g));
         int8_t *bytes = reinterpret_cast<int8_t *>(at) + g * group;
         int64_t sum = 0;
         for (int i = 0; i < group; i++) {
             int q = int(std::lrintf(of.inverse == 0.0f ? 0.0f : value(i) * of.inverse));
             sum += q;
-            for (int plane = planes ? 2 : 0; plane >= 0; plane--) {
+            for (int plane = rows.planes() - 1; plane >= 0; plane--) {
                 const int8_t digit = int8_t(q);
                 bytes[plane * rows.inner + i] = digit;
                 q = (q - digit) >> 8;
@@ -117,8 +104,32 @@ void prepare_plain(const Rows &rows, int64_t r, const float *x, int64_t length) 
     }
 }
 
+// Weights that are numbers as they are, by rows in one or three parts.
+void multiply_numbers_plain(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
+    for (int64_t panel = first; panel < last; panel++) {
+        const int64_t width = std::min<int64_t>(kPanel, w.columns - panel * kPanel);
+        const uint16_t *at = reinterpret_cast<const uint16_t *>(w.data + panel * w.panel_bytes());
+        for (int64_t r = 0; r < rows.count; r++) {
+            const Row row = parts(rows, r);
+            for (int64_t c = 0; c < width; c++) {
+                float sum[3] = {};
+                for (int64_t k = 0; k < w.inner; k += 2) {
+                    for (int i = 0; i < 2; i++) {
+                        const float weight = from_bf16(at[k * kPanel + c * 2 + i]);
+                        for (int p = 0; p < rows.planes(); p++) sum[p] += weight * from_bf16(row.halves[p * w.inner + k + i]);
+                    }
+                }
+                const float total = sum[0] + (sum[1] + sum[2]);
+                float *to = out + r * stride + panel * kPanel + c;
+                *to = add ? *to + total : total;
+            }
+        }
+    }
+}
+
 void multiply_plain(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
-    const int planes = rows.form == Form::planes ? 3 : 1;
+    if (w.bits == 16) return multiply_numbers_plain(rows, w, first, last, out, stride, add);
+    const int planes = rows.planes();
     for (int64_t panel = first; panel < last; panel++) {
         const int64_t width = std::min<int64_t>(kPanel, w.columns - panel * kPanel);
         for (int64_t r = 0; r < rows.count; r++) {
@@ -185,33 +196,40 @@ STRETTO_TARGET_BF16 inline Lanes dot(Lanes sum, __m512i w, const uint16_t *x) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(pair(x)));
 }
 
+STRETTO_TARGET_BF16 inline Lanes widened(__m256i halves) {
+    return reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
 // Making a row ready; whole numbers come out as in prepare_plain.
 STRETTO_TARGET_BF16 Lanes some(const float *x, int64_t from, int64_t length, bool rounded) {
     const int64_t left = length - from;
     const __mmask16 mask = left >= 16 ? 0xFFFF : left <= 0 ? 0 : __mmask16((1u << left) - 1);
     Lanes value = _mm512_maskz_loadu_ps(mask, x + from);
     if (rounded) {
-        const __m256i halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-        value = reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+        value = widened(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
     }
     return value;
 }
 
 STRETTO_TARGET_BF16 void prepare_bf16(const Rows &rows, int64_t r, const float *x, int64_t length) {
+    x = sorted(rows, x, length);
     uint8_t *at = rows.row(r);
     float *numbers = reinterpret_cast<float *>(at + rows.values_bytes());
     const int group = rows.group;
     const __m256i order = _mm256_set_epi16(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
     for (int64_t g = 0; g < rows.groups(); g++) {
         const int64_t first = g * group;
-        if (rows.form == Form::halves) {
+        if (!rows.whole()) {
             Lanes sum = _mm512_setzero_ps();
             for (int i = 0; i < group; i += 16) {
-                const Lanes value = some(x, first + i, length, true);
-                const __m256i halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-                uint16_t *to = reinterpret_cast<uint16_t *>(at) + first + i;
-                _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm256_permutexvar_epi16(order, halves));
-                sum = _mm512_add_ps(sum, value);
+                Lanes rest = some(x, first + i, length, rows.rounded);
+                sum = _mm512_add_ps(sum, rest);
+                for (int plane = 0; plane < rows.planes(); plane++) {
+                    const __m256i halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
+                    uint16_t *to = reinterpret_cast<uint16_t *>(at) + plane * rows.inner + first + i;
+                    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm256_permutexvar_epi16(order, halves));
+                    rest = _mm512_sub_ps(rest, widened(halves));
+                }
             }
             numbers[g] = _mm512_reduce_add_ps(sum);
             continue;
@@ -223,9 +241,8 @@ STRETTO_TARGET_BF16 void prepare_bf16(const Rows &rows, int64_t r, const float *
             wrong |= _mm512_cmp_ps_mask(value, _mm512_set1_ps(std::numeric_limits<float>::infinity()), _CMP_NLT_UQ);
             top = _mm512_max_ps(top, value);
         }
-        const bool planes = rows.form == Form::planes;
         const float most = wrong ? std::numeric_limits<float>::infinity() : _mm512_reduce_max_ps(top);
-        const Scale of(most, planes ? float(kLargest) : 127.0f);
+        const Scale of(most, rows.largest(g));
         int8_t *bytes = reinterpret_cast<int8_t *>(at) + first;
         __m512i sum = _mm512_setzero_si512();
         for (int i = 0; i < group; i += 16) {
@@ -233,7 +250,7 @@ STRETTO_TARGET_BF16 void prepare_bf16(const Rows &rows, int64_t r, const float *
             const Lanes scaled = of.inverse == 0.0f ? _mm512_setzero_ps() : _mm512_mul_ps(value, _mm512_set1_ps(of.inverse));
             __m512i q = _mm512_cvtps_epi32(scaled);
             sum = _mm512_add_epi32(sum, q);
-            for (int plane = planes ? 2 : 0; plane >= 0; plane--) {
+            for (int plane = rows.planes() - 1; plane >= 0; plane--) {
                 const __m128i digit = _mm512_cvtepi32_epi8(q);
                 _mm_storeu_si128(reinterpret_cast<__m128i *>(bytes + plane * rows.inner + i), digit);
                 q = _mm512_srai_epi32(_mm512_sub_epi32(q, _mm512_cvtepi8_epi32(digit)), 8);
@@ -372,9 +389,43 @@ STRETTO_TARGET_BF16 void tile_bytes(const Row *rows, const Packed &w, const uint
     put<R, C>(total, out, width, add);
 }
 
+// R rows in PARTS bf16 numbers an element by C panels of bf16 weights: one chain a part.
+template <int R, int C, int PARTS>
+STRETTO_TARGET_BF16 void tile_numbers(const Row *rows, const Packed &w, const uint8_t *const *panels, float *const *out,
+                                      int64_t width, bool add) {
+    Lanes sum[PARTS][R][C];
+    for (int p = 0; p < PARTS; p++) {
+        for (int r = 0; r < R; r++) {
+            for (int c = 0; c < C; c++) sum[p][r][c] = _mm512_setzero_ps();
+        }
+    }
+    for (int64_t k = 0; k < w.inner; k += 2) {
+        for (int c = 0; c < C; c++) {
+            const uint8_t *at = panels[c] + k * 2 * kPanel;
+            const __m512i pairs = _mm512_loadu_si512(at);
+            _mm_prefetch(reinterpret_cast<const char *>(at) + kAhead, _MM_HINT_T0);
+            for (int r = 0; r < R; r++) {
+                for (int p = 0; p < PARTS; p++) sum[p][r][c] = dot(sum[p][r][c], pairs, rows[r].halves + p * w.inner + k);
+            }
+        }
+    }
+    Lanes total[R][C];
+    for (int r = 0; r < R; r++) {
+        for (int c = 0; c < C; c++) {
+            total[r][c] = sum[0][r][c];
+            if constexpr (PARTS == 3) total[r][c] = _mm512_add_ps(total[r][c], _mm512_add_ps(sum[1][r][c], sum[2][r][c]));
+        }
+    }
+    put<R, C>(total, out, width, add);
+}
+
 template <int R, int C>
 STRETTO_TARGET_BF16 void tile(Form form, const Row *rows, const Packed &w, const uint8_t *const *panels, float *const *out,
                               int64_t width, bool add) {
+    if (w.bits == 16) {
+        return form == Form::thirds ? tile_numbers<R, C, 3>(rows, w, panels, out, width, add)
+                                    : tile_numbers<R, C, 1>(rows, w, panels, out, width, add);
+    }
     if (form == Form::halves) {
         return w.minimum ? tile_halves<R, C, true>(rows, w, panels, out, width, add)
                          : tile_halves<R, C, false>(rows, w, panels, out, width, add);
@@ -393,7 +444,7 @@ STRETTO_TARGET_BF16 void tile(Form form, const Row *rows, const Packed &w, const
 STRETTO_TARGET_BF16 void multiply_bf16(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out,
                                        int64_t stride, bool add) {
     constexpr int kTallest = 8;
-    const int tallest = rows.form == Form::planes ? 6 : kTallest;
+    const int tallest = rows.planes() == 3 ? 6 : kTallest;
     Row row[kTallest];
     float *to[kTallest];
     const uint8_t *panels[4];
@@ -425,6 +476,31 @@ const Kernels kBf16{prepare_bf16, multiply_bf16};
 #endif
 
 }  // namespace
+
+void unpack_column(const Packed &w, int64_t column, float *out, int64_t length) {
+    const int64_t lane = column % kPanel;
+    const uint8_t *at = w.data + column / kPanel * w.panel_bytes();
+    if (w.bits == 16) {
+        const uint16_t *numbers = reinterpret_cast<const uint16_t *>(at) + lane * 2;
+        for (int64_t k = 0; k < length; k++) {
+            const int64_t place = (k & ~int64_t(3)) + kPlace[k & 3];
+            out[k] = from_bf16(numbers[(place & ~int64_t(1)) * kPanel + (place & 1)]);
+        }
+        return;
+    }
+    for (int64_t g = 0; g * w.group < length; g++, at += w.group_bytes()) {
+        const uint16_t *numbers = reinterpret_cast<const uint16_t *>(at);
+        const float scale = from_half(numbers[lane]);
+        const float minimum = w.minimum ? from_half(numbers[kPanel + lane]) : scale * (w.bits == 4 ? -8.0f : -128.0f);
+        const uint8_t *bytes = at + kPanel * 2 * (w.minimum ? 2 : 1) + 4 * lane;
+        const int64_t count = std::min<int64_t>(w.group, length - g * w.group);
+        for (int64_t k = 0; k < count; k++) {
+            const int byte = bytes[(w.bits == 4 ? k / 8 * 64 : k / 4 * 64) + (k & 3)];
+            const int q = w.bits == 8 ? byte : k & 4 ? byte >> 4 : byte & 15;
+            out[g * w.group + k] = float(q) * scale + minimum;
+        }
+    }
+}
 
 const Kernels &packed_kernels(const std::string &level) {
 #if defined(__x86_64__)

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <string>
 
+#include "narrow.hpp"
+
 namespace stretto {
 
 #define STRETTO_INLINE inline __attribute__((always_inline))
@@ -19,6 +21,7 @@ struct Types;
         typedef int32_t Integers __attribute__((vector_size(4 * L))); \
         typedef uint32_t Words __attribute__((vector_size(4 * L))); \
         typedef uint16_t Halves __attribute__((vector_size(2 * L))); \
+        typedef uint8_t Bytes __attribute__((vector_size(L))); \
     };
 STRETTO_TYPES(16)
 STRETTO_TYPES(8)
@@ -30,6 +33,7 @@ struct Simd {
     using Integers = typename Types<L>::Integers;
     using Words = typename Types<L>::Words;
     using Halves = typename Types<L>::Halves;
+    using Bytes = typename Types<L>::Bytes;
 
     static STRETTO_INLINE Vector load(const float *p) {
         Vector v;
@@ -44,6 +48,29 @@ struct Simd {
         Vector v;
         std::memcpy(&v, &w, sizeof v);
         return v;
+    }
+
+    static STRETTO_INLINE Vector load_fp16(const uint16_t *p) {
+        Halves h;
+        std::memcpy(&h, p, sizeof h);
+        Vector v;
+#if defined(__x86_64__)
+        if constexpr (L >= 8) {  // as assembly, for the reason given below
+            asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(h));
+            return v;
+        }
+#endif
+        for (int lane = 0; lane < L; lane++) v[lane] = from_half(h[lane]);
+        return v;
+    }
+
+    // The low and the high halves of L bytes as numbers from 0 to 15.
+    static STRETTO_INLINE void load_nibbles(const uint8_t *p, Vector &low, Vector &high) {
+        Bytes b;
+        std::memcpy(&b, p, sizeof b);
+        const Integers wide = __builtin_convertvector(b, Integers);
+        low = __builtin_convertvector(wide & 15, Vector);
+        high = __builtin_convertvector(wide >> 4, Vector);
     }
 
 #if defined(__x86_64__)

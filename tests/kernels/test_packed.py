@@ -6,16 +6,19 @@ import pytest
 import torch
 
 from stretto.kernels.attention import BEST_LEVEL
-from stretto.kernels.packed import PACKED_LEVELS, PATHS, PackedMatrix, concatenate, pack
+from stretto.kernels.packed import PACKED_LEVELS, PATHS, PackedMatrix, concatenate, pack, pack_numbers
 
 AVAILABLE = PACKED_LEVELS if PACKED_LEVELS[0] == BEST_LEVEL else PACKED_LEVELS[1:]
 BOUND = {"exact": 1e-6, "bf16": 3e-3, "fast": 1e-2}
-KINDS = [(4, True), (4, False), (8, False)]
+QUANTISED = [(4, True), (4, False), (8, False)]
+KINDS = [*QUANTISED, (16, False)]
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 33, 64, 70)
 
 
 def matrix(columns: int, inner: int, group: int, bits: int, minimum: bool, seed: int = 0) -> PackedMatrix:
     generator = torch.Generator().manual_seed(seed)
+    if bits == 16:
+        return pack_numbers(torch.randn(columns, inner, generator=generator).bfloat16())
     top = 1 << bits
     values = torch.randint(0, top, (columns, inner), generator=generator, dtype=torch.int64).to(torch.uint8)
     groups = inner // group
@@ -29,7 +32,7 @@ def error(found: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> float:
     return float((found - wanted).abs().mean() / wanted.abs().mean())
 
 
-@pytest.mark.parametrize(("bits", "minimum"), KINDS)
+@pytest.mark.parametrize(("bits", "minimum"), QUANTISED)
 @pytest.mark.parametrize(
     ("columns", "inner", "group"), [(1, 32, 32), (16, 64, 32), (70, 96, 32), (33, 256, 64), (48, 128, 128)]
 )
@@ -165,3 +168,71 @@ def test_concatenation_and_mistakes() -> None:
     with pytest.raises(ValueError, match="level mmx"):
         parts[0].multiply(x, level="mmx")
     assert parts[0].multiply(torch.empty(0, 64)).shape == (0, 16)
+
+
+@pytest.mark.parametrize(("columns", "length"), [(1, 1), (16, 32), (70, 45)])
+def test_bf16_numbers_are_kept_as_they_are(columns: int, length: int) -> None:
+    values = torch.randn(columns, length, generator=torch.Generator().manual_seed(columns)).bfloat16()
+    packed = pack_numbers(values)
+    assert torch.equal(packed.dequantize(), values.float())
+    assert packed.data.numel() == packed.native.bytes == -(-columns // 16) * 16 * packed.inner * 2
+
+
+def fmpq(columns: int, length: int, bits: int, eights: int) -> PackedMatrix:
+    """Sorted at random, with some places left empty, and the first `eights` groups of 128 in 8 bits."""
+    generator = torch.Generator().manual_seed(length)
+    groups = -(-length // 128) + 1
+    order = torch.full((groups * 128,), -1)
+    order[torch.randperm(groups * 128, generator=generator)[:length]] = torch.randperm(length, generator=generator)
+    steps = torch.full((groups,), 7)
+    steps[:eights] = 127
+    return matrix(columns, groups * 128, 128, bits, False, seed=length).mixed(order, steps, length)
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("length", "eights"), [(576, 0), (576, 2), (576, 6), (60, 1)])
+def test_mixed_precision_is_whole_numbers_of_4_and_8_bits(level: str, bits: int, length: int, eights: int) -> None:
+    weights = fmpq(40, length, bits, eights)
+    assert weights.order is not None
+    assert weights.steps is not None
+    values, scales, _ = weights.unpack()
+    q = values.view(40, -1, 128).long() - (8 if bits == 4 else 128)
+    for rows in (1, 3, 8, 300):
+        x = torch.randn(rows, length, generator=torch.Generator().manual_seed(rows))
+        sorted_x = torch.where(weights.order >= 0, x[:, weights.order.clamp(min=0).long()], 0.0).view(rows, -1, 128)
+        scale = sorted_x.abs().amax(2) / weights.steps
+        whole = torch.round(sorted_x * (weights.steps / sorted_x.abs().amax(2))[..., None]).long()
+        sums = torch.einsum("cgk,rgk->rcg", q, whole)  # exact
+        wanted = (sums.double() * scale[:, None].double() * scales[None].double()).sum(2)
+        found = weights.multiply(x, path="fast", level=level)
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("path", PATHS)
+def test_sorting_changes_no_exact_product(level: str, path: str) -> None:
+    weights = fmpq(40, 576, 4, 5)
+    x = torch.randn(9, 576)
+    found = weights.multiply(x, path=path, level=level)  # type: ignore[arg-type]
+    few = 20 if path == "fast" else 2  # groups of 4 bits are rough
+    assert error(found, x, weights.dequantize()) < few * BOUND[path]
+
+
+def test_more_groups_of_8_bits_are_nearer() -> None:
+    x = torch.randn(64, 576) * (1 + 20 * (torch.arange(576) % 97 == 0))
+    errors = []
+    for eights in (0, 2, 4, 6):
+        weights = fmpq(64, 576, 4, eights)
+        errors.append(error(weights.multiply(x, path="fast"), x, weights.dequantize()))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_an_order_or_steps_that_do_not_fit_are_refused() -> None:
+    plain = matrix(16, 256, 128, 4, False)
+    with pytest.raises(ValueError, match="order"):
+        plain.mixed(torch.arange(255), torch.tensor([7, 127]), 256)
+    with pytest.raises(ValueError, match="order"):
+        plain.mixed(torch.arange(256), torch.tensor([7, 127]), 255)
+    with pytest.raises(ValueError, match="steps"):
+        plain.mixed(torch.arange(256), torch.tensor([7, 128]), 256)

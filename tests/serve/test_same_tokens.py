@@ -55,9 +55,12 @@ def _two_threads() -> Iterator[None]:
 
 
 def texts(
-    model: Model, order: list[int], settings: SchedulerConfig, *, drawn: bool = False, copies: int = 1
+    model: Model, order: list[int], settings: SchedulerConfig, *, drawn: bool = False, copies: int = 1, long: int = 1
 ) -> tuple[list[tuple[int, ...]], Scheduler]:
-    """The tokens of each prompt, submitted in this order, so many times over; and the scheduler at the end."""
+    """The tokens of each prompt, submitted in this order, so many times over; and the scheduler at the end.
+
+    Prompts are repeated `long` times, and answers are as much longer.
+    """
 
     async def main() -> tuple[list[tuple[int, ...]], Scheduler]:
         clock = RealClock()
@@ -68,9 +71,9 @@ def texts(
         for copy in range(copies):
             for i in order:
                 sampling = Sampling(temperature=0.9, top_k=40, seed=i) if drawn else Sampling()
-                prompt = tuple(model.tokenizer.encode(PROMPTS[i]))
+                prompt = tuple(model.tokenizer.encode(PROMPTS[i]) * long)
                 number = copy * len(PROMPTS) + i
-                handles[number] = engine.submit(Request(id=number, prompt=prompt, limit=NEW, sampling=sampling))
+                handles[number] = engine.submit(Request(id=number, prompt=prompt, limit=NEW * long, sampling=sampling))
         engine.close()
         await asyncio.wait_for(engine.run(), 60)
         cached = sum(handle.cached_tokens for handle in handles.values())
@@ -124,3 +127,24 @@ def test_pages_found_again_change_no_token(model: Model, drawn: bool) -> None:
     ):
         found, _ = texts(model, order, settings, drawn=drawn, copies=2)
         assert found == [*alone, *alone], settings
+
+
+@pytest.mark.parametrize(("path", "drawn"), [("exact", False), ("fast", True)])
+def test_keys_and_values_in_4_bits_change_with_nothing_but_the_text(packaged: Path, path: str, drawn: bool) -> None:
+    model = load_model(str(packaged), dtype="int4", path=path, threads=2)
+    order = list(range(6))
+    pages = {"page_tokens": 64, "pages": 24}
+    alone, _ = texts(model, order, config(1, 512, **pages), drawn=drawn, long=4)  # type: ignore[arg-type]
+    plain = load_model(str(packaged), dtype="fp32", path=path, threads=2)
+    assert texts(plain, order, config(6, 512, **pages), drawn=drawn, long=4)[0] != alone  # type: ignore[arg-type]
+    preempted = 0
+    for turned, settings, copies in (
+        (order, config(6, 512, **pages), 1),  # type: ignore[arg-type]
+        (order[::-1], config(6, 7, **pages), 1),  # type: ignore[arg-type]
+        (order, config(5, 100, page_tokens=64, pages=7), 1),
+        (order[::-1], config(2, 512, prefix_cache=True, **pages), 2),  # type: ignore[arg-type]
+    ):
+        found, scheduler = texts(model, turned, settings, drawn=drawn, copies=copies, long=4)
+        assert found == alone * copies, settings
+        preempted += scheduler.preemptions
+    assert preempted > 0

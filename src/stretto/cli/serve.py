@@ -82,7 +82,7 @@ def serve(
     max_model_len: int | None = _option(None, "max-model-len", "Longest prompt and answer together, in tokens."),
     max_num_seqs: int | None = _option(None, "max-num-seqs", "Most requests that run at once; 8 if left out."),
     max_num_batched_tokens: int | None = _option(None, "max-num-batched-tokens", "Most prompt tokens in a pass."),
-    dtype: str | None = _option(None, "dtype", "auto, fp32 or bf16."),
+    dtype: str | None = _option(None, "dtype", "auto, fp32, bf16 or int4."),
     path: str | None = _option(None, "path", "How passes are computed: auto, torch, exact, bf16 or fast."),
     threads: int | None = _option(None, "threads", "CPU threads; all if left out."),
     api_key: list[str] | None = _option(None, "api-key", "A key that clients must send; may be repeated."),
@@ -133,7 +133,7 @@ def batch(
     served_model_name: str | None = _option(None, "served-model-name", "The model's name in the requests."),
     max_model_len: int | None = _option(None, "max-model-len", "Longest prompt and answer together, in tokens."),
     max_num_seqs: int | None = _option(None, "max-num-seqs", "Most requests that run at once; 8 if left out."),
-    dtype: str | None = _option(None, "dtype", "auto, fp32 or bf16."),
+    dtype: str | None = _option(None, "dtype", "auto, fp32, bf16 or int4."),
     path: str | None = _option(None, "path", "How passes are computed: auto, torch, exact, bf16 or fast."),
     threads: int | None = _option(None, "threads", "CPU threads; all if left out."),
 ) -> None:

@@ -33,11 +33,15 @@ def scatter(
 ) -> None: ...
 
 class Packed:
-    def __init__(self, data: int, columns: int, inner: int, group: int, bits: int, minimum: bool) -> None: ...
+    def __init__(
+        self, data: int, columns: int, inner: int, group: int, bits: int, minimum: bool, order: int, steps: int
+    ) -> None: ...
     @property
     def bytes(self) -> int: ...
 
 def pack(packed: Packed, values: int, scales: int, minima: int) -> None: ...
+def pack_numbers(packed: Packed, values: int) -> None: ...
+def pack_page(source: int, dim: int, keys: bool, to: int) -> None: ...
 def pack_gguf(packed: Packed, blocks: int) -> None: ...
 def packed_multiply(
     level: str, path: str, threads: int, packed: Packed, x: int, rows: int, length: int, out: int
@@ -58,13 +62,14 @@ class Decoder:
         bias: int,
         qk_norm: int,
     ) -> None: ...
+    def set_embedding(self, table: Packed | None, rows: int) -> None: ...
     def set_head(self, head: Packed, norm: int) -> None: ...
     def forward(
         self,
         level: str,
         path: str,
         threads: int,
-        x: int,
+        tokens: int,
         rows: int,
         turns: int,
         lengths: int,
@@ -73,7 +78,10 @@ class Decoder:
         caches: list[int],
         page_tokens: int,
         cache_is_bf16: bool,
+        open_pages: list[int],
+        open_tables: int,
         wanted: int,
         num_wanted: int,
         logits: int,
+        picks: int,
     ) -> tuple[float, float, float]: ...

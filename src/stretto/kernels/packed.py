@@ -1,18 +1,22 @@
-"""Matrices kept in 4 or 8 bits, and products with them, on the CPU.
+"""Matrices kept in 4, 8 or 16 bits, and products with them, on the CPU.
 
-A weight is d * q + m: a scale d (and where there is one, a minimum m) for each output column and each group of
-inner elements, in fp16, as GGUF's blocks have them; the layout in memory is described in
-`native/kernels/packed.hpp`. The aim is that of MARLIN (Frantar et al., 2024): one stream of packed weights that is
-unpacked once for all rows, so that speed is bounded by memory as long as possible.
+A weight of 4 or 8 bits is d * q + m: a scale d (and where there is one, a minimum m) for each output column and each
+group of inner elements, in fp16, as GGUF's blocks have them; one of 16 bits is a bf16 number. The layout in memory is
+described in `native/kernels/packed.hpp`. The aim is that of MARLIN (Frantar et al., 2024): one stream of packed
+weights that is unpacked once for all rows, so that speed is bounded by memory as long as possible.
 
 Activations enter a product in one of three ways: "exact" as whole numbers of 24 bits with a scale for each row and
 group (three products of bytes, with errors as fp32 has them), "bf16" rounded to it, "fast" as whole numbers of 8
-bits. A row's sums run in one order, whatever the number of rows, columns and threads.
+bits. A row's sums run in one order, whatever the number of rows, columns and threads. Weights of 16 bits meet
+activations in three bf16 parts, or rounded to one.
+
+In mixed precision (FMPQ of COMET, Liu et al., ASPLOS 2025) inner elements are sorted so that outliers share few
+groups; on the fast path those groups keep 8 bits and the others 4.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from stretto.core.errors import require
@@ -27,6 +31,8 @@ PATHS: tuple[Path, ...] = ("exact", "bf16", "fast")
 PACKED_LEVELS = ("avx512bf16", "plain")
 """Levels with products of their own; the others use the plain ones."""
 PANEL = 16
+_NUMBERS_GROUP = 32
+"""To which rows of bf16 weights are padded."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,11 @@ class PackedMatrix:
         data: uint8, aligned to 64 bytes.
         columns, length: its shape; inner elements are padded to whole groups with zeros.
         group: inner elements that share a scale; a multiple of 32.
-        bits: 4 or 8.
+        bits: 4, 8 or 16.
         minimum: whether groups have a minimum; else 4-bit values have 8 subtracted and 8-bit ones are signed.
+        order: int32 [inner], which element of a row meets each inner element, -1 for none; None: as they come.
+        steps: uint8 [groups], how many steps to either side of zero the fast path keeps of each group: 127 for 8 bits,
+            7 for 4; None: 127 everywhere.
     """
 
     data: torch.Tensor
@@ -47,15 +56,35 @@ class PackedMatrix:
     group: int
     bits: int
     minimum: bool
+    order: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
 
     @property
     def inner(self) -> int:
-        return -(-self.length // self.group) * self.group
+        return len(self.order) if self.order is not None else -(-self.length // self.group) * self.group
 
     @property
     def native(self) -> _native.Packed:
-        """What native calls take; it does not keep `data` alive."""
-        return _native.Packed(self.data.data_ptr(), self.columns, self.inner, self.group, self.bits, self.minimum)
+        """What native calls take; it does not keep `data`, `order` and `steps` alive."""
+        order, steps = (0 if each is None else each.data_ptr() for each in (self.order, self.steps))
+        return _native.Packed(
+            self.data.data_ptr(), self.columns, self.inner, self.group, self.bits, self.minimum, order, steps
+        )
+
+    def mixed(self, order: torch.Tensor, steps: torch.Tensor, length: int) -> PackedMatrix:
+        """This matrix, whose inner elements were sorted so before packing, for rows of `length` in their own order.
+
+        Args:
+            order: [inner], each a place in the row, or -1.
+            steps: [groups], 1 to 127 each.
+            length: of the rows that come.
+        """
+        groups = self.inner // self.group
+        require(tuple(order.shape) == (self.inner,), "order", tuple(order.shape), f"one place for each of {self.inner}")
+        require(int(order.min()) >= -1 and int(order.max()) < length, "order", order, f"places from -1 to {length - 1}")
+        require(tuple(steps.shape) == (groups,), "steps", tuple(steps.shape), f"one for each of {groups} groups")
+        require(int(steps.min()) >= 1 and int(steps.max()) <= 127, "steps", steps, "from 1 to 127")
+        return replace(self, order=order.int().contiguous(), steps=steps.byte().contiguous(), length=length)
 
     def multiply(
         self, x: torch.Tensor, *, path: Path = "exact", threads: int = 1, level: str = BEST_LEVEL
@@ -72,8 +101,13 @@ class PackedMatrix:
         return out
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What was packed: values uint8 [columns, inner], scales and minima fp16 [columns, groups]."""
+        """What was packed: values uint8 [columns, inner], scales and minima fp16 [columns, groups].
+
+        For weights of 4 or 8 bits.
+        """
         import torch
+
+        require(self.bits != 16, "bits", self.bits, "4 or 8")
 
         panels = -(-self.columns // PANEL)
         groups = self.inner // self.group
@@ -90,7 +124,23 @@ class PackedMatrix:
         return values, found[0], found[1] if self.minimum else None
 
     def dequantize(self) -> torch.Tensor:
-        """The matrix in fp32, [columns, length]."""
+        """The matrix in fp32, [columns, length], its elements in the order of the rows that it meets."""
+        whole = self._numbers() if self.bits == 16 else self._scaled()
+        if self.order is None:
+            return whole[:, : self.length]
+        given = self.order >= 0
+        found = whole.new_zeros(self.columns, self.length)
+        found[:, self.order[given].long()] = whole[:, given]
+        return found
+
+    def _numbers(self) -> torch.Tensor:
+        import torch
+
+        panels = -(-self.columns // PANEL)
+        numbers = self.data.view(torch.bfloat16).view(panels, self.inner // 4, 2, PANEL, 2)
+        return numbers.permute(0, 3, 1, 4, 2).reshape(panels * PANEL, self.inner)[: self.columns].float()
+
+    def _scaled(self) -> torch.Tensor:
         values, scales, minima = self.unpack()
         grouped = values.view(self.columns, -1, self.group).float()
         scale = scales.float()[..., None]
@@ -98,7 +148,7 @@ class PackedMatrix:
             whole = grouped * scale + minima.float()[..., None]
         else:
             whole = (grouped - (8 if self.bits == 4 else 128)) * scale
-        return whole.view(self.columns, -1)[:, : self.length]
+        return whole.view(self.columns, -1)
 
 
 def pack(
@@ -127,6 +177,18 @@ def pack(
     packed = _empty(columns, length or inner, group, bits, minima is not None)
     low = minima.contiguous().data_ptr() if minima is not None else 0
     _native.pack(packed.native, values.contiguous().data_ptr(), scales.contiguous().data_ptr(), low)
+    return packed
+
+
+def pack_numbers(values: torch.Tensor) -> PackedMatrix:
+    """Pack a bf16 matrix [columns, length] as it is."""
+    import torch
+
+    require(values.dtype == torch.bfloat16, "values", values.dtype, "bf16")
+    columns, length = values.shape
+    packed = _empty(columns, length, _NUMBERS_GROUP, 16, False)
+    padded = torch.nn.functional.pad(values, (0, packed.inner - length)).contiguous()
+    _native.pack_numbers(packed.native, padded.data_ptr())
     return packed
 
 
@@ -159,7 +221,8 @@ def _empty(columns: int, length: int, group: int, bits: int, minimum: bool) -> P
 
     inner = -(-length // group) * group
     panels = -(-columns // PANEL)
-    size = panels * (inner // group) * (PANEL * 2 * (2 if minimum else 1) + group * PANEL * bits // 8)
+    numbers = 0 if bits == 16 else PANEL * 2 * (2 if minimum else 1)
+    size = panels * (inner // group) * (numbers + group * PANEL * bits // 8)
     room = torch.empty(size + 64, dtype=torch.uint8)
     start = -room.data_ptr() % 64
     return PackedMatrix(room[start : start + size], columns, length, group, bits, minimum)

@@ -18,6 +18,8 @@ from stretto.models.kv_cache import KVCache
 if TYPE_CHECKING:
     import torch
 
+    from stretto.models.kv_packed import Cache
+
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -128,7 +130,7 @@ def plan_pass(segments: Sequence[Segment], cache: KVCache) -> PassPlan:
     )
 
 
-def check_segments(segments: Sequence[Segment], cache: KVCache) -> None:
+def check_segments(segments: Sequence[Segment], cache: Cache) -> None:
     row = 0
     for segment in segments:
         require(segment.first_row == row, "first_row", segment.first_row, f"{row}, as rows follow one another")

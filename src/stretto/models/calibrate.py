@@ -17,11 +17,12 @@ import numpy as np
 
 from stretto.hardware.table import Table
 from stretto.models.batching import Segment
+from stretto.models.kv_packed import PAGE_TOKENS as KV_PAGE_TOKENS
 from stretto.models.passes import PassShape, pass_operations
 from stretto.models.thread import compute
 
 if TYPE_CHECKING:
-    from stretto.models.kv_cache import KVCache
+    from stretto.models.kv_packed import Cache
     from stretto.models.load import Model
     from stretto.models.spec import ModelSpec
 
@@ -158,7 +159,7 @@ def _within(shape: PassShape, most: int) -> PassShape:
     return PassShape(new_tokens=new, cached=tuple(min(c, most - n) for n, c in zip(new, shape.cached, strict=True)))
 
 
-def _timed(model: Model, cache: KVCache, point: PassShape) -> Iterator[dict[str, float]]:
+def _timed(model: Model, cache: Cache, point: PassShape) -> Iterator[dict[str, float]]:
     """Seconds by section of some passes, after one that is not counted unless a pass is long."""
     spent = 0.0
     first = compute(_run, model, cache, point)
@@ -178,10 +179,15 @@ def _ragged(context: int, rows: int) -> tuple[int, ...]:
     return tuple(max(1, context - context * (i % 8) // 64) for i in range(rows))
 
 
-def _filled_cache(model: Model) -> KVCache:
+def _filled_cache(model: Model) -> Cache:
     """A cache with something in it: memory that was never written would be read from one single page."""
     pages = max(DECODE_ROWS)
     page_tokens = min(PAGE_TOKENS, model.spec.max_positions)
+    if model.dtype == "int4":
+        cache = model.transformer.new_cache(pages=pages * -(-page_tokens // KV_PAGE_TOKENS), page_tokens=KV_PAGE_TOKENS)
+        for layer in cache.layers:
+            layer.fill_(0x11)
+        return cache
     cache = model.transformer.new_cache(pages=pages, page_tokens=page_tokens)
     long = max(DECODE_CONTEXTS)
     for layer in cache.layers:
@@ -190,13 +196,18 @@ def _filled_cache(model: Model) -> KVCache:
     return cache
 
 
-def _run(model: Model, cache: KVCache, point: PassShape) -> dict[str, float]:
-    """Run one pass; seconds by section, and of the whole under ""."""
+def _run(model: Model, cache: Cache, point: PassShape) -> dict[str, float]:
+    """Run one pass, greedy; seconds by section, and of the whole under ""."""
     import torch
+
+    from stretto.models.fused import FusedDecoder
+    from stretto.models.kv_cache import KVCache
 
     segments, row = [], 0
     for slot, (new, cached) in enumerate(zip(point.new_tokens, point.cached, strict=True)):
-        segments.append(Segment(row, new, cached, (slot,), 1))
+        each = cache.pages // max(DECODE_ROWS) or 1  # pages of a slot
+        table = tuple(range(slot * each, (slot + 1) * each))
+        segments.append(Segment(row, new, cached, table, 1))
         row += new
     tokens = torch.arange(row, dtype=torch.int64) % min(1000, model.spec.vocab)
     seconds: dict[str, float] = defaultdict(float)
@@ -209,10 +220,13 @@ def _run(model: Model, cache: KVCache, point: PassShape) -> dict[str, float]:
         seconds[section] += now - last
         last = now
 
-    model.transformer.forward(tokens, segments, cache, mark)
+    if isinstance(model.transformer, FusedDecoder):
+        model.transformer.pick(tokens.tolist(), segments, cache)
+        seconds |= model.transformer.seconds
+    else:
+        assert isinstance(cache, KVCache)
+        model.transformer.forward(tokens, segments, cache, mark)
     seconds[""] = clock() - began
-    if model.path != "torch":
-        seconds |= model.transformer.seconds  # type: ignore[union-attr]
     return seconds
 
 

@@ -9,7 +9,8 @@ however many threads there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from stretto.kernels.attention import BEST_LEVEL
 from stretto.kernels.packed import PackedMatrix, Path, concatenate, pack_gguf
 from stretto.models.batching import Segment, check_segments
 from stretto.models.kv_cache import KVCache
+from stretto.models.kv_packed import Cache, PackedKVCache
 from stretto.models.packable import why_not_fused
 from stretto.models.quantized import PackedTensor
 from stretto.models.spec import ModelSpec
@@ -29,18 +31,26 @@ from stretto.models.weights import ROPE_DIVISORS, Weights
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+KV = Literal["plain", "int4"]
+
 
 class FusedDecoder:
     """A model ready to run; made by `build_fused`, used through `forward` as a `Transformer` is.
 
     Attributes:
-        dtype: the type of the KV cache.
+        dtype: the type of the KV cache, and in 4 bits of its open pages.
+        kv: "plain", or "int4" for a cache in 4 bits.
         path: how activations enter products; see `kernels.packed`.
         seconds: of the last pass, by the names of `passes.pass_operations`.
     """
 
-    def __init__(self, spec: ModelSpec, parts: _Parts, *, path: Path, dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, parts: _Parts, *, path: Path, dtype: torch.dtype, threads: int, kv: KV = "plain"
+    ) -> None:
         self.spec = spec
+        self.kv = kv
         self.path = path
         self.dtype = dtype
         self.threads = threads
@@ -48,8 +58,10 @@ class FusedDecoder:
         self._parts = parts  # native calls hold addresses into these
         self._decoder = parts.decoder()
 
-    def new_cache(self, *, pages: int, page_tokens: int) -> KVCache:
-        """An empty cache of this model's type."""
+    def new_cache(self, *, pages: int, page_tokens: int) -> Cache:
+        """An empty cache of this model's type; in 4 bits its pages hold 64 tokens, whatever is asked for."""
+        if self.kv == "int4":
+            return PackedKVCache(self.spec, pages=pages, dtype=self.dtype)
         return KVCache(self.spec, pages=pages, page_tokens=page_tokens, dtype=self.dtype)
 
     @torch.inference_mode()
@@ -57,52 +69,77 @@ class FusedDecoder:
         self,
         tokens: torch.Tensor,
         segments: Sequence[Segment],
-        cache: KVCache,
+        cache: Cache,
         timer: Callable[[str], None] | None = None,
         *,
         level: str = BEST_LEVEL,
     ) -> torch.Tensor:
         """See `Transformer.forward`; `timer` is told of "plan" and of "pass"."""
-        check_segments(segments, cache)
-        rows = sum(segment.new_tokens for segment in segments)
-        if len(tokens) != rows:
-            raise ValueError(f"tokens has {len(tokens)} rows; the segments have {rows}")
-        lengths, tables, wanted = _lay_out(segments, cache.page_tokens)
-        positions = torch.from_numpy(lengths - 1).float()
-        turns = torch.polar(torch.tensor(1.0), positions[:, None] * self._parts.frequencies)
-        x = self._parts.embed(tokens)
-        logits = torch.empty(len(wanted), self.spec.vocab)
+        layout = self._lay_out(tokens.numpy(), segments, cache)
+        logits = torch.empty(len(layout.wanted), self.spec.vocab)
         if timer:
             timer("plan")
-        products, attention, head = self._decoder.forward(
-            level,
-            self.path,
-            torch.get_num_threads(),
-            x.data_ptr(),
-            rows,
-            turns.data_ptr(),
-            lengths.ctypes.data,
-            tables.ctypes.data,
-            tables.shape[1],
-            [layer.data_ptr() for layer in cache.layers],
-            cache.page_tokens,
-            cache.dtype == torch.bfloat16,
-            wanted.ctypes.data,
-            len(wanted),
-            logits.data_ptr(),
-        )
-        alone = "attention_prefill" if segments[0].new_tokens > 1 else "attention_decode"
-        self.seconds = {"products": products, alone: attention, "head": head}
+        self._run(layout, cache, level=level, logits=logits.data_ptr())
         if timer:
             timer("pass")
         return logits
 
+    def pick(self, tokens: Sequence[int], segments: Sequence[Segment], cache: Cache) -> list[int]:
+        """The most likely next token of each row whose logits would be wanted: what `forward(...).argmax(1)` gives."""
+        layout = self._lay_out(np.asarray(tokens, np.int64), segments, cache)
+        picks = np.empty(len(layout.wanted), np.int64)
+        self._run(layout, cache, level=BEST_LEVEL, picks=picks.ctypes.data)
+        found: list[int] = picks.tolist()
+        return found
 
-Ints = np.ndarray[Any, np.dtype[np.int64]]
+    def _lay_out(self, tokens: Ints, segments: Sequence[Segment], cache: Cache) -> _Layout:
+        check_segments(segments, cache)
+        layout = _lay_out(tokens, segments, cache)
+        if len(tokens) != len(layout.lengths):
+            raise ValueError(f"tokens has {len(tokens)} rows; the segments have {len(layout.lengths)}")
+        if tokens.min() < 0 or tokens.max() >= self.spec.vocab:
+            raise ValueError(f"tokens must be from 0 to {self.spec.vocab - 1}, the model's vocabulary")
+        return layout
+
+    def _run(self, layout: _Layout, cache: Cache, *, level: str, logits: int = 0, picks: int = 0) -> None:
+        products, attention, head = self._decoder.forward(
+            level,
+            self.path,
+            torch.get_num_threads(),
+            layout.tokens.ctypes.data,
+            len(layout.tokens),
+            self._parts.turns(int(layout.lengths.max())).data_ptr(),
+            layout.lengths.ctypes.data,
+            layout.tables.ctypes.data,
+            layout.tables.shape[1],
+            cache.addresses,
+            cache.page_tokens,
+            cache.dtype == torch.bfloat16,
+            cache.open_addresses if isinstance(cache, PackedKVCache) else [],
+            0 if layout.open_tables is None else layout.open_tables.ctypes.data,
+            layout.wanted.ctypes.data,
+            len(layout.wanted),
+            logits,
+            picks,
+        )
+        alone = "attention_prefill" if layout.prompt else "attention_decode"
+        self.seconds = {"products": products, alone: attention, "head": head}
 
 
-def _lay_out(segments: Sequence[Segment], page_tokens: int) -> tuple[Ints, Ints, Ints]:
-    """Context length and block table of each row, and the rows whose logits are wanted."""
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A pass, row by row: token, context length and block table; the rows whose logits are wanted; open pages."""
+
+    tokens: Ints
+    lengths: Ints
+    tables: Ints
+    wanted: Ints
+    prompt: bool
+    open_tables: Ints | None
+
+
+def _lay_out(tokens: Ints, segments: Sequence[Segment], cache: Cache) -> _Layout:
+    page_tokens = cache.page_tokens
     width = max(-(-segment.context // page_tokens) for segment in segments)
     rows = sum(segment.new_tokens for segment in segments)
     lengths, tables = np.empty(rows, np.int64), np.zeros((rows, width), np.int64)
@@ -113,7 +150,14 @@ def _lay_out(segments: Sequence[Segment], page_tokens: int) -> tuple[Ints, Ints,
         lengths[first:last] = np.arange(segment.cached + 1, segment.context + 1)
         tables[first:last, :pages] = segment.pages[:pages]
         wanted.extend(range(last - segment.logit_rows, last))
-    return lengths, tables, np.asarray(wanted, np.int64)
+    return _Layout(
+        tokens=np.ascontiguousarray(tokens),
+        lengths=lengths,
+        tables=tables,
+        wanted=np.asarray(wanted, np.int64),
+        prompt=segments[0].new_tokens > 1,
+        open_tables=cache.open_tables(segments, width) if isinstance(cache, PackedKVCache) else None,
+    )
 
 
 class _Parts:
@@ -126,19 +170,23 @@ class _Parts:
         name = "model.embed_tokens.weight"
         self.head = self._matrix(name if spec.tied_embeddings else "lm_head.weight", spec.vocab, spec.hidden)
         self.norm = weights.tensor("model.norm.weight", (spec.hidden,))
-        source = weights.sources[name]
-        table = None if isinstance(source, PackedTensor) else weights.tensor(name, (spec.vocab, spec.hidden))
-        self._table = table
-        self._rows = source.rows if isinstance(source, PackedTensor) else None
+        if spec.tied_embeddings:
+            self.table: PackedMatrix | None = self.head
+        elif isinstance(weights.sources[name], PackedTensor):
+            self.table = self._matrix(name, spec.vocab, spec.hidden)
+        else:
+            self.table = None
+        self.rows = weights.tensor(name, (spec.vocab, spec.hidden)) if self.table is None else None
         divisors = weights.tensor(ROPE_DIVISORS, (spec.head_dim // 2,)) if ROPE_DIVISORS in weights else None
-        self.frequencies = rope_frequencies(spec, divisors)
+        self._frequencies = rope_frequencies(spec, divisors)
+        self._turns = torch.empty(0, spec.head_dim // 2, dtype=torch.complex64)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """New fp32 rows [len(tokens), hidden]."""
-        if self._rows is not None:
-            return self._rows(tokens)
-        assert self._table is not None
-        return self._table[tokens]
+    def turns(self, positions: int) -> torch.Tensor:
+        """What queries and keys are turned by, for at least so many positions: complex [positions, head_dim / 2]."""
+        if len(self._turns) < positions:
+            every = torch.arange(max(positions, 2 * len(self._turns), 512)).float()
+            self._turns = torch.polar(torch.tensor(1.0), every[:, None] * self._frequencies)
+        return self._turns
 
     def decoder(self) -> _native.Decoder:
         spec = self.spec
@@ -148,6 +196,8 @@ class _Parts:
         for (qkv, out, gate_up, down), vectors in self.layers:
             attention, mlp, bias, qk_norm = (0 if each is None else each.data_ptr() for each in vectors)
             decoder.add_layer(qkv.native, out.native, gate_up.native, down.native, attention, mlp, bias, qk_norm)
+        table = None if self.table is None else self.table.native
+        decoder.set_embedding(table, 0 if self.rows is None else self.rows.data_ptr())
         decoder.set_head(self.head.native, self.norm.data_ptr())
         return decoder
 
@@ -183,10 +233,12 @@ class _Parts:
         return pack_gguf(source.blocks, (columns, inner), source.format.name)
 
 
-def build_fused(spec: ModelSpec, weights: Weights, *, path: Path, dtype: torch.dtype, threads: int) -> FusedDecoder:
+def build_fused(
+    spec: ModelSpec, weights: Weights, *, path: Path, dtype: torch.dtype, threads: int, kv: KV = "plain"
+) -> FusedDecoder:
     """Pack the weights; `UserError` says why if this model cannot run so."""
     reason = why_not_fused(spec, weights)
     if reason is not None:
         raise UserError(f"cannot run by the fused decoder: {reason}", file=weights.file, right="leave out the path")
     torch.set_num_threads(threads)
-    return FusedDecoder(spec, _Parts(spec, weights), path=path, dtype=dtype, threads=threads)
+    return FusedDecoder(spec, _Parts(spec, weights), path=path, dtype=dtype, threads=threads, kv=kv)

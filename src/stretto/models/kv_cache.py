@@ -8,6 +8,7 @@ and attention reads it in place; a sequence over several pages is gathered for e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class KVCache:
 
     Attributes:
         layers: a layer's tensor [pages, 2 * kv_heads, page_tokens, head_dim].
+        addresses: of the layers.
         flat: the same memory as rows [pages * 2 * kv_heads * page_tokens, head_dim].
     """
 
@@ -43,15 +45,19 @@ class KVCache:
         self.page_tokens = page_tokens
         self.dtype = dtype
         self.heads = 2 * spec.kv_heads
-        whole = _lazy_zeros((spec.layers, pages, self.heads, page_tokens, spec.head_dim), dtype)
+        whole = lazy_zeros((spec.layers, pages, self.heads, page_tokens, spec.head_dim), dtype)
         self.layers = list(whole.unbind(0))
         self.flat = [layer.view(-1, spec.head_dim) for layer in self.layers]
+        self.addresses = [layer.data_ptr() for layer in self.layers]
         self._head_offsets = np.arange(self.heads, dtype=np.int64) * page_tokens
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in one layer."""
         return self.heads * self.spec.head_dim * self.dtype.itemsize
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Nobody will read on in these pages: nothing to do."""
 
     def rows(self, pages: Rows, offsets: Rows) -> Rows:
         """Rows of `flat` for tokens at `offsets` in `pages`: [tokens, 2 * kv_heads]."""
@@ -63,7 +69,7 @@ class KVCache:
         return table[positions // self.page_tokens], positions % self.page_tokens
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros from the operating system: not touched yet, and never NaN where attention masks them."""
     import torch
 

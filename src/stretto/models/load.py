@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from stretto.core.errors import UserError
 from stretto.models.gguf_file import read_gguf
+from stretto.models.passes import arithmetic
 from stretto.models.source import find_model
 from stretto.models.spec import ModelSpec
 from stretto.models.thread import compute
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from stretto.models.shard import Shard
     from stretto.models.transformer import Transformer
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = ("fp32", "bf16", "int4")
 PATHS = ("torch", "exact", "bf16", "fast")
 ENVIRONMENT = {
     # Read by torch at its first large allocation: with huge pages the weights stream 1.2 to 1.6 times as
@@ -43,7 +44,7 @@ class Model:
 
     Attributes:
         name: as it was asked for.
-        dtype: "fp32" or "bf16", the type of its products in torch and of its KV cache.
+        dtype: "fp32" or "bf16", the type of its products in torch and of its KV cache; or "int4" for a cache in 4 bits.
         path: "torch", or how activations enter the products of the fused decoder: "exact", "bf16" or "fast".
     """
 
@@ -76,7 +77,7 @@ def load_model(
 
     Args:
         name_or_path: "default", the path of a .gguf file or of a safetensors folder, or a Hugging Face id.
-        dtype: "fp32" or "bf16".
+        dtype: "fp32" or "bf16", or with a path other than "torch" "int4" for a KV cache in 4 bits.
         threads: CPU threads, which are set for the whole process as torch has one pool; all CPUs when None.
         shard: the rank whose part is loaded; the whole model when None.
         path: "torch", or "exact", "bf16" or "fast" for the fused decoder on packed weights; see `models/fused.py`.
@@ -91,18 +92,21 @@ def load_model(
         raise UserError(f"is {threads}", field="threads", right="at least 1, or none for all CPUs")
     if path not in PATHS:
         raise UserError(f"there is no path {path!r}", field="path", right=f"one of {', '.join(PATHS)}")
+    if dtype == "int4" and path == "torch":
+        raise UserError("path torch keeps no keys and values in 4 bits", field="dtype", right="fp32 or bf16")
     if path != "torch" and shard is not None:
         raise UserError("the fused decoder is not split over ranks yet", field="path", right="torch")
     return compute(_load, name_or_path, dtype, threads or len(os.sched_getaffinity(0)), shard, path)
 
 
 def _load(name_or_path: str, dtype: str, threads: int, shard: Shard | None, path: str) -> Model:
-    torch_dtype = _torch_dtype(dtype)
+    torch_dtype = _torch_dtype(arithmetic(dtype, path))
     files = open_model(name_or_path)
     if path != "torch":
-        from stretto.models.fused import build_fused
+        from stretto.models.fused import KV, build_fused
 
-        fused = build_fused(files.spec, files.weights, path=path, dtype=torch_dtype, threads=threads)  # type: ignore[arg-type]
+        kv: KV = "int4" if dtype == "int4" else "plain"
+        fused = build_fused(files.spec, files.weights, path=path, dtype=torch_dtype, threads=threads, kv=kv)  # type: ignore[arg-type]
         return Model(name_or_path, dtype, files.spec, files.tokenizer, fused, path)
 
     from stretto.models.transformer import build
@@ -126,7 +130,7 @@ def _torch_dtype(dtype: str) -> torch.dtype:
         raise UserError(
             "running a model needs torch, which is not installed", right="pip install 'stretto[models]'"
         ) from None
-    found: torch.dtype = getattr(torch, DTYPES[dtype])
+    found: torch.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     return found
 
 

@@ -179,6 +179,13 @@ class _Lister:
             yield self.matmul("lm_head", rows, spec.hidden, -(-spec.vocab // self.tp), 1)
 
 
+def arithmetic(dtype: str, path: str = "torch") -> str:
+    """The type that products are counted in, of a plan with this KV type and path."""
+    if dtype != "int4":
+        return dtype
+    return "fp32" if path == "exact" else "bf16"
+
+
 def pass_operations(spec: ModelSpec, batch: PassShape, *, dtype: str, path: str = "torch") -> tuple[Operation, ...]:
     """What a pass is made of on a path of `serve.plan.ServePlan`, as the runtime times it.
 
@@ -187,7 +194,7 @@ def pass_operations(spec: ModelSpec, batch: PassShape, *, dtype: str, path: str 
     """
     if path == "torch":
         return spec.operations(batch, dtype=dtype)
-    whole = spec.operations(batch, dtype=dtype, weight_dtype="q4_1")
+    whole = spec.operations(batch, dtype=arithmetic(dtype, path), kv_dtype=dtype, weight_dtype="q4_1")
     name = (
         f"{path}/hidden{spec.hidden}/ffn{spec.ffn}/h{spec.heads}/kv{spec.kv_heads}/d{spec.head_dim}/layers{spec.layers}"
     )
@@ -197,7 +204,7 @@ def pass_operations(spec: ModelSpec, batch: PassShape, *, dtype: str, path: str 
         Operation(
             name="products",
             kind="matmul",
-            dtype=dtype,
+            dtype=arithmetic(dtype, path),
             flops=flops,
             bytes=sum(op.bytes * op.count for op in products),
             shape=(batch.rows, spec.hidden, round(flops / (2 * batch.rows * spec.hidden))),
@@ -207,7 +214,8 @@ def pass_operations(spec: ModelSpec, batch: PassShape, *, dtype: str, path: str 
     ]
     for op in whole:
         if op.name.startswith("attention_"):
-            found.append(replace(op, signature=f"fused-{op.signature}"))
+            kv = "/kv-int4" if dtype == "int4" else ""
+            found.append(replace(op, signature=f"fused-{op.signature}{kv}"))
         elif op.name == "lm_head":
             head = replace(op, name="head", signature=f"fused-head/{path}/hidden{spec.hidden}/vocab{spec.vocab}")
             found.append(replace(head, bytes=op.bytes * (34 / 20)))

@@ -23,11 +23,12 @@ DTYPE_BYTES: Mapping[str, float] = {
     "fp16": 2.0,
     "fp8": 1.0,
     "int8": 1.0,
+    "int4": 0.5 + 4 / 64,
     "q8_0": 34 / 32,
     "q4_1": 20 / 32,
     "q4_0": 18 / 32,
 }
-"""Bytes an element; the block formats include their scales."""
+"""Bytes an element; the block formats, and keys and values in int4 by pages of 64, include their scales."""
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

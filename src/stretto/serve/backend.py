@@ -24,6 +24,7 @@ class Row:
         table: the KV pages of the request, in order.
         sampling: how its next token is drawn; None if this chunk yields none.
         position: the position that the drawn token will have.
+        ends: tokens that end its answer.
     """
 
     id: int
@@ -32,6 +33,7 @@ class Row:
     table: tuple[int, ...]
     sampling: Sampling | None
     position: int
+    ends: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

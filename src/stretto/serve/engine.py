@@ -323,6 +323,7 @@ class Engine:
             table=self._tables[request],
             sampling=handle.request.sampling if last else None,
             position=start + count,
+            ends=handle.request.stop_tokens,
         )
 
     def _decode_row(self, request: int) -> Row:
@@ -335,6 +336,7 @@ class Engine:
             table=self._tables[request],
             sampling=handle.request.sampling,
             position=position,
+            ends=handle.request.stop_tokens,
         )
 
     async def _carry_out(self, work: Pass, steps: int) -> None:

@@ -54,7 +54,7 @@ class ServeJob:
         arrival_gap_s: seconds between two arrivals; 0: all are there at the start.
         objective: "throughput" (tokens a second over the whole job) or "latency" (mean seconds from arrival
             to the last token).
-        dtype: "auto" weighs all types, else the one to use.
+        dtype: "auto" weighs fp32 and bf16, else the one to use; "int4" keeps keys and values in 4 bits.
         path: "auto" weighs the fused decoder's "exact" and "bf16" where the weights can stay packed, else "torch";
             "fast" (8-bit activations) changes numbers, so it must be asked for.
         slots: None weighs several numbers of concurrent requests, else the one to use.
@@ -79,7 +79,7 @@ class ServeJob:
     stop: tuple[str, ...] = ()
     arrival_gap_s: float = 0.0
     objective: Literal["throughput", "latency"] = "throughput"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "int4"] = "auto"
     path: Literal["auto", "torch", "exact", "bf16", "fast"] = "auto"
     slots: int | None = None
     threads: int | None = None

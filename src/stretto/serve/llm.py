@@ -19,8 +19,10 @@ from stretto.core.errors import FieldError, UserError, require
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
 from stretto.models.calibrate import warm_up
-from stretto.models.load import PATHS, Model, load_model, open_model
+from stretto.models.kv_packed import PAGE_TOKENS as KV_PAGE_TOKENS
+from stretto.models.load import DTYPES, PATHS, Model, load_model, open_model
 from stretto.models.packable import why_not_fused
+from stretto.models.passes import arithmetic
 from stretto.models.spec import ModelSpec
 from stretto.serve.backend import Backend
 from stretto.serve.engine import Engine, Handle
@@ -45,7 +47,8 @@ class EngineSettings:
 
     Attributes:
         model: a name, a path (.gguf or a Hugging Face folder) or a Hugging Face id.
-        dtype: type of the products and of the KV cache; "auto" takes bf16 where the CPU computes in it, else fp32.
+        dtype: type of the products and of the KV cache; "auto" takes bf16 where the CPU computes in it, else fp32;
+            "int4" keeps keys and values in 4 bits.
         path: how passes are computed, as in `ServePlan`; "auto" takes the fused decoder where the weights can stay
             packed ("bf16" or, in fp32, "exact"), else "torch".
         threads: CPU threads of the passes; None takes all.
@@ -59,7 +62,7 @@ class EngineSettings:
     """
 
     model: str = "smollm2-135m-instruct"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "int4"] = "auto"
     path: Literal["auto", "torch", "exact", "bf16", "fast"] = "auto"
     threads: int | None = None
     slots: int = 8
@@ -71,7 +74,8 @@ class EngineSettings:
     reorder: Reorder = "eager"
 
     def __post_init__(self) -> None:
-        require(self.dtype in ("auto", "fp32", "bf16"), "dtype", self.dtype, "one of auto, fp32, bf16")
+        require(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}")
+        require(self.dtype != "int4" or self.layout == "pages", "layout", self.layout, "pages, for a cache in 4 bits")
         require(self.path in ("auto", *PATHS), "path", self.path, f"one of auto, {', '.join(PATHS)}")
         require(self.threads is None or 1 <= self.threads <= 4096, "threads", self.threads, "in 1 .. 4096")
         require(1 <= self.slots <= 4096, "slots", self.slots, "in 1 .. 4096")
@@ -96,7 +100,10 @@ class EngineSettings:
     def scheduler(self, spec: ModelSpec) -> SchedulerConfig:
         """The scheduler whose pool holds every slot's longest request."""
         longest = self.longest(spec)
-        page = longest if self.layout == "slots" else min(PAGE_TOKENS, longest)
+        if self.layout == "slots":
+            page = longest
+        else:
+            page = KV_PAGE_TOKENS if self.dtype == "int4" else min(PAGE_TOKENS, longest)
         return SchedulerConfig(
             joining=self.joining,
             slots=self.slots,
@@ -167,7 +174,7 @@ def _check_memory(model: Model, settings: EngineSettings) -> None:
     available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     config = settings.scheduler(model.spec)
     pool = config.pages * config.page_tokens * model.spec.kv_bytes_per_token(model.dtype)
-    rest = model.spec.weight_bytes(model.dtype) + WORKSPACE_BYTES
+    rest = model.spec.weight_bytes(arithmetic(model.dtype, model.path)) + WORKSPACE_BYTES
     if rest + pool > available:
         fitting = int((available - rest) // (pool / config.slots))
         right = f"{fitting} slots would fit" if fitting >= 1 else "take a smaller model or fewer positions"

@@ -5,7 +5,10 @@ loop stays free.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from stretto.core.clock import RealClock
@@ -15,14 +18,31 @@ from stretto.serve.backend import Pass, PassResult, Row
 from stretto.serve.sampling import sample
 
 if TYPE_CHECKING:
-    import torch
-
-    from stretto.models.kv_cache import KVCache
+    from stretto.models.kv_packed import Cache
     from stretto.models.load import Model
+
+
+@dataclass(eq=False)
+class _Step:
+    """A pass under way: one that the engine has asked for, or one begun ahead of its asking."""
+
+    work: Pass
+    steps: int
+    news: asyncio.Event
+    asked: bool
+    result: PassResult | None = None
+    future: Future[PassResult] = field(init=False)
+
+    def is_for(self, work: Pass) -> bool:
+        return replace(self.work, step=work.step) == work
 
 
 class LocalBackend:
     """A `Backend` on `model`, with a KV cache of its own.
+
+    While a batch decodes, its next step is begun as soon as one is done, before the engine has seen the tokens: so
+    their hand-out costs the model nothing. A step that the engine does not ask for after all is dropped; what it wrote
+    lies beyond the end of every text, where nobody reads.
 
     Args:
         model: loaded, ready to run.
@@ -34,22 +54,52 @@ class LocalBackend:
 
     def __init__(self, model: Model, *, pages: int, page_tokens: int, clock: RealClock) -> None:
         self._model = model
-        self._cache: KVCache = model.transformer.new_cache(pages=pages + 1, page_tokens=page_tokens)
+        self._cache: Cache = model.transformer.new_cache(pages=pages + 1, page_tokens=page_tokens)
         self._clock = clock
+        self._lock = threading.Lock()
+        self._ahead: _Step | None = None
+        self._tables: dict[int, tuple[int, ...]] = {}
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
-        return await asyncio.wrap_future(submit(self.compute, work))
+        return await asyncio.wrap_future(self._ask(work, steps, news).future)
+
+    def _ask(self, work: Pass, steps: int, news: asyncio.Event) -> _Step:
+        with self._lock:
+            ahead, self._ahead = self._ahead, None
+            if ahead is None or not ahead.is_for(work):
+                return self._begin(_Step(work, steps, news, asked=True))
+            ahead.steps, ahead.asked = steps, True
+            if ahead.result is not None:
+                self._go_ahead(ahead, ahead.result)
+            return ahead
+
+    def _begin(self, step: _Step) -> _Step:
+        step.future = submit(self._take, step)
+        return step
+
+    def _take(self, step: _Step) -> PassResult:
+        result = self.compute(step.work)
+        with self._lock:
+            step.result = result
+            if step.asked:
+                self._go_ahead(step, result)
+        return result
+
+    def _go_ahead(self, step: _Step, result: PassResult) -> None:
+        """Begin the step after `step` unless it is to be the last, or an answer has ended or come."""
+        if step.steps > 1 and not step.news.is_set():
+            work = _next(step.work, result.tokens)
+            if work is not None:
+                self._ahead = self._begin(_Step(work, step.steps - 1, step.news, asked=False))
 
     def compute(self, work: Pass) -> PassResult:
         """Carry out one pass here and now, in the thread of the caller."""
         start = self._clock.now
         self.move(work.moves)
         rows = (*work.prefill, *work.decode)
-        logits = forward_rows(self._model, self._cache, rows, holes=work.holes)
-        drawn = [row for row in rows if row.sampling is not None]
-        how = [row.sampling for row in drawn if row.sampling is not None]
-        tokens = sample(logits.numpy(), how, [row.position for row in drawn]) if drawn else []
-        found = {row.id: (token,) for row, token in zip(drawn, tokens, strict=True)}
+        self._tables.update((row.id, row.table) for row in rows)
+        tokens = next_tokens(self._model, self._cache, rows, holes=work.holes)
+        found = {row: (token,) for row, token in tokens.items()}
         return PassResult(tokens=found, spans_s=((start, self._clock.now),))
 
     def move(self, moves: Sequence[tuple[int, int, int]]) -> None:
@@ -59,19 +109,49 @@ class LocalBackend:
                 layer[target, :, :positions] = layer[source, :, :positions]
 
     def wipe(self) -> None:
-        """Nothing to do: the next pass over a position writes its keys and values anew."""
+        """Drop what went ahead; the next pass over a position writes its keys and values anew."""
+        with self._lock:
+            self._ahead = None
+        self.forget(list(self._tables))
 
     def forget(self, ids: Iterable[int]) -> None:
-        """Likewise."""
+        """The open pages of these requests, in a cache that has such, are given back."""
+        for request in ids:
+            self._cache.release(self._tables.pop(request, ()))
 
 
-def forward_rows(model: Model, cache: KVCache, rows: Sequence[Row], *, holes: int = 0) -> torch.Tensor:
-    """Logits [rows that draw, vocabulary] of one pass over `rows`, and over `holes` rows whose results nobody wants.
+def _next(work: Pass, tokens: Mapping[int, tuple[int, ...]]) -> Pass | None:
+    """The same rows one token further; None if one of them has come to its end."""
+    rows = []
+    for row in work.decode:
+        (token,) = tokens[row.id]
+        if token in row.ends:
+            return None
+        rows.append(replace(row, tokens=(token,), start=row.start + 1, position=row.position + 1))
+    return Pass(step=work.step + 1, prefill=(), decode=tuple(rows), slots=work.slots)
 
-    Rows of holes write to the cache's last page, which must belong to nobody.
-    """
+
+def next_tokens(model: Model, cache: Cache, rows: Sequence[Row], *, holes: int = 0) -> dict[int, int]:
+    """One pass over `rows`; the next token of each that draws one. For `holes`, see `lay_out`."""
     import torch
 
+    drawn = [(row, row.sampling) for row in rows if row.sampling is not None]
+    tokens, segments = lay_out(cache, rows, holes)
+    if model.path != "torch" and all(how.greedy for _, how in drawn):
+        picks = model.transformer.pick(tokens, segments, cache)[: len(drawn)]  # type: ignore[union-attr]
+    else:
+        ids = torch.tensor(tokens, dtype=torch.int64)
+        logits = model.transformer.forward(ids, segments, cache)  # type: ignore[arg-type]
+        kept = logits[: len(drawn)].numpy()
+        picks = sample(kept, [how for _, how in drawn], [row.position for row, _ in drawn]) if drawn else []
+    return {row.id: token for (row, _), token in zip(drawn, picks, strict=True)}
+
+
+def lay_out(cache: Cache, rows: Sequence[Row], holes: int = 0) -> tuple[list[int], list[Segment]]:
+    """The tokens and segments of a pass over `rows`, and over `holes` rows whose results nobody wants.
+
+    Rows of holes come last and write to the cache's last page, which must belong to nobody.
+    """
     segments: list[Segment] = []
     tokens: list[int] = []
     for row in rows:
@@ -81,5 +161,4 @@ def forward_rows(model: Model, cache: KVCache, rows: Sequence[Row], *, holes: in
     for _ in range(holes):
         segments.append(Segment(len(tokens), 1, 0, (cache.pages - 1,)))
         tokens.append(0)
-    logits = model.transformer.forward(torch.tensor(tokens, dtype=torch.int64), segments, cache)
-    return logits[: len(logits) - holes]
+    return tokens, segments

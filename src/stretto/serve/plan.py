@@ -10,6 +10,7 @@ from stretto.core.errors import require
 from stretto.core.plan import Refusal
 from stretto.hardware.cluster import Cluster
 from stretto.hardware.device import Device
+from stretto.models.kv_packed import PAGE_TOKENS as KV_PAGE_TOKENS
 from stretto.serve.job import ServeJob
 from stretto.serve.joining import JOININGS
 from stretto.serve.slots import Reorder
@@ -29,7 +30,8 @@ class ServePlan:
 
     Attributes:
         device: path of the device that computes.
-        dtype: type of the KV cache, and of the products of path "torch".
+        dtype: type of the KV cache, and of the products of path "torch"; "int4", for the other paths, keeps pages of 64
+            positions in 4 bits.
         path: how passes are computed: "torch" operation by operation; or by the fused decoder on weights that stay
             packed, with activations "exact", rounded to "bf16", or "fast" in 8 bits.
         threads: CPU threads of the passes.
@@ -46,7 +48,7 @@ class ServePlan:
     """
 
     device: str
-    dtype: Literal["fp32", "bf16"]
+    dtype: Literal["fp32", "bf16", "int4"]
     path: Literal["torch", "exact", "bf16", "fast"] = "torch"
     threads: int
     slots: int
@@ -113,9 +115,13 @@ def _laid_out(job: ServeJob, plan: ServePlan) -> Iterator[ServePlan]:
         yield replace(
             plan,
             layout=layout,  # type: ignore[arg-type]
-            page_tokens=min(PAGE_TOKENS, plan.page_tokens) if small else plan.page_tokens,
+            page_tokens=_page_tokens(plan) if small else plan.page_tokens,
             prefix_cache=small,
         )
+
+
+def _page_tokens(plan: ServePlan) -> int:
+    return KV_PAGE_TOKENS if plan.dtype == "int4" else min(PAGE_TOKENS, plan.page_tokens)
 
 
 def _types(job: ServeJob, work: Workload, device: Device) -> Iterator[tuple[str, str]]:
@@ -187,10 +193,25 @@ def check(job: ServeJob, plan: ServePlan, work: Workload, cluster: Cluster) -> R
             reason=f"{plan.threads * plan.instances} threads, limits.threads is {job.limits.threads}",
             nearest=f"threads: {job.limits.threads}",
         )
+    if plan.dtype == "int4":
+        return _check_int4(plan, work) or _check_memory(job, plan, work, device)
     if plan.dtype not in device.peak_flops:
         able = " or ".join(dtype for dtype in DTYPES if dtype in device.peak_flops)
         return Refusal(reason=f"{device.name} has no {plan.dtype} arithmetic", nearest=f"dtype: {able}")
     return _check_memory(job, plan, work, device)
+
+
+def _check_int4(plan: ServePlan, work: Workload) -> Refusal | None:
+    if plan.path == "torch":
+        reason = "path torch keeps no keys and values in 4 bits"
+        return Refusal(reason=reason, nearest="dtype: bf16" if work.not_packed else "path: bf16")
+    if work.spec.head_dim % 32:
+        return Refusal(reason=f"heads of {work.spec.head_dim} have no cache in 4 bits", nearest="dtype: bf16")
+    if plan.layout == "slots" or plan.page_tokens != KV_PAGE_TOKENS:
+        return Refusal(reason=f"a cache in 4 bits has pages of {KV_PAGE_TOKENS} tokens", nearest="layout: pages")
+    if plan.instances > 1:
+        return Refusal(reason="instances keep no keys and values in 4 bits", nearest="instances: 1")
+    return None
 
 
 def _check_memory(job: ServeJob, plan: ServePlan, work: Workload, device: Device) -> Refusal | None:

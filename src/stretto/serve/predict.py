@@ -26,7 +26,7 @@ from stretto.hardware import cost
 from stretto.hardware.device import Device
 from stretto.hardware.operation import Operation
 from stretto.models.calibrate import pass_signature
-from stretto.models.passes import PassShape, pass_operations
+from stretto.models.passes import PassShape, arithmetic, pass_operations
 from stretto.models.spec import ModelSpec
 from stretto.serve.engine import Engine
 from stretto.serve.instances import Instances
@@ -87,7 +87,9 @@ class PassCosts:
         if not positions:
             return 0.0
         copied = 2.0 * positions * self.spec.kv_bytes_per_token(self.dtype)
-        move = Operation(name="kv_move", kind="elementwise", dtype=self.dtype, flops=0.0, bytes=copied)
+        move = Operation(
+            name="kv_move", kind="elementwise", dtype=arithmetic(self.dtype, self.path), flops=0.0, bytes=copied
+        )
         found = cost.total([move], self.device, threads=self.threads)
         return self._charge((found.seconds, found.low, found.high), 1)
 
@@ -140,7 +142,7 @@ class PassCosts:
             Operation(
                 name="host",
                 kind="host",
-                dtype=self.dtype,
+                dtype=arithmetic(self.dtype, self.path),
                 flops=0.0,
                 bytes=0.0,
                 signature=name,
@@ -230,7 +232,7 @@ def _shared_by_instances(plan: ServePlan, device: Device, costs: PassCosts, cloc
     if device.kind == "cpu":
         capacity = {"bandwidth": device.bandwidth, "cores": float(device.units)}
     else:
-        capacity = {"bandwidth": device.bandwidth, "flops": device.peak(plan.dtype)}
+        capacity = {"bandwidth": device.bandwidth, "flops": device.peak(arithmetic(plan.dtype, plan.path))}
     machine = SharedDevice(clock, Fluid(capacity))
 
     async def execute(seconds: float, chunks: Sequence[tuple[int, int]], contexts: Sequence[int]) -> None:
