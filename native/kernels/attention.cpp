@@ -213,7 +213,7 @@ STRETTO_INLINE void absorb_packed(Mix<DIM, QUERIES, LANES> &mix, const float *qu
     const auto *value_numbers = reinterpret_cast<const uint16_t *>(values + packed_keys_bytes(DIM));
 
     alignas(64) float scaled[QUERIES][DIM];
-    Vector sum[QUERIES][kRuns];
+    float offset[QUERIES];
     for (int g = 0; g < QUERIES; g++) {
         Vector offsets{};
         for (int j = 0; j < kParts; j++) {
@@ -221,48 +221,50 @@ STRETTO_INLINE void absorb_packed(Mix<DIM, QUERIES, LANES> &mix, const float *qu
             offsets += q * S::load_fp16(key_numbers + DIM + j * LANES);
             S::store(&scaled[g][j * LANES], q * S::load_fp16(key_numbers + j * LANES));
         }
-        const float offset = S::sum(offsets);
-        for (int i = 0; i < kRuns; i++) sum[g][i] = Vector{} + offset;
+        offset[g] = S::sum(offsets);
     }
-    for (int d = 0; d < DIM; d++) {
-        const uint8_t *codes = page + d * (kBlock / 2);
-        for (int i = 0; i < kRuns / 2; i++) {
+    for (int i = 0; i < kRuns / 2; i++) {
+        Vector near[QUERIES], far[QUERIES];
+        for (int g = 0; g < QUERIES; g++) near[g] = far[g] = Vector{} + offset[g];
+        for (int d = 0; d < DIM; d++) {
             Vector low, high;
-            S::load_nibbles(codes + i * LANES, low, high);
+            S::load_nibbles(page + d * (kBlock / 2) + i * LANES, low, high);
             for (int g = 0; g < QUERIES; g++) {
-                sum[g][i] += low * scaled[g][d];
-                sum[g][kRuns / 2 + i] += high * scaled[g][d];
+                near[g] += low * scaled[g][d];
+                far[g] += high * scaled[g][d];
             }
         }
-        __builtin_prefetch(values + d * (kBlock / 2));
-    }
-    for (int g = 0; g < QUERIES; g++) {
-        for (int i = 0; i < kRuns; i++) S::store(&mix.score[g][i * LANES], sum[g][i]);
+        for (int g = 0; g < QUERIES; g++) {
+            S::store(&mix.score[g][i * LANES], near[g]);
+            S::store(&mix.score[g][kBlock / 2 + i * LANES], far[g]);
+        }
     }
     mix.weigh(kBlock);
 
-    Vector mixed[QUERIES][kParts], weights[QUERIES];
+    float weight[QUERIES];
     for (int g = 0; g < QUERIES; g++) {
-        weights[g] = Vector{};
-        for (int i = 0; i < kBlock; i += LANES) weights[g] += S::load(&mix.score[g][i]);
-        for (int j = 0; j < kParts; j++) mixed[g][j] = Vector{};
+        Vector sum{};
+        for (int i = 0; i < kBlock; i += LANES) sum += S::load(&mix.score[g][i]);
+        weight[g] = S::sum(sum);
     }
-    for (int t = 0; t < kBlock; t++) {
-        const uint8_t *codes = values + t * (DIM / 2);
-        for (int j = 0; j < kParts / 2; j++) {
+    for (int j = 0; j < kParts / 2; j++) {
+        Vector near[QUERIES], far[QUERIES];
+        for (int g = 0; g < QUERIES; g++) near[g] = far[g] = Vector{};
+        for (int t = 0; t < kBlock; t++) {
             Vector low, high;
-            S::load_nibbles(codes + j * LANES, low, high);
+            S::load_nibbles(values + t * (DIM / 2) + j * LANES, low, high);
             for (int g = 0; g < QUERIES; g++) {
-                mixed[g][j] += low * mix.score[g][t];
-                mixed[g][kParts / 2 + j] += high * mix.score[g][t];
+                near[g] += low * mix.score[g][t];
+                far[g] += high * mix.score[g][t];
             }
         }
-    }
-    for (int g = 0; g < QUERIES; g++) {
-        const float all = S::sum(weights[g]);
-        for (int j = 0; j < kParts; j++) {
-            mix.mixed[g][j] += mixed[g][j] * S::load_fp16(value_numbers + j * LANES);
-            mix.mixed[g][j] += S::load_fp16(value_numbers + DIM + j * LANES) * all;
+        for (int g = 0; g < QUERIES; g++) {
+            const auto add = [&](int part, Vector codes) {
+                const uint16_t *numbers = value_numbers + part * LANES;
+                mix.mixed[g][part] += codes * S::load_fp16(numbers) + S::load_fp16(numbers + DIM) * weight[g];
+            };
+            add(j, near[g]);
+            add(kParts / 2 + j, far[g]);
         }
     }
 }
@@ -295,56 +297,67 @@ STRETTO_INLINE void attend_packed(const Call &call, int64_t row, int64_t head, i
     mix.give(result_of<T>(call, row) + first * DIM);
 }
 
-template <typename T, int DIM, int QUERIES, int LANES, bool DOTS>
-STRETTO_INLINE void attend_either(const Call &call, int64_t row, int64_t head, int64_t first) {
-    if constexpr (DIM % 32 == 0) {
-        if (call.open) return attend_packed<T, DIM, QUERIES, LANES, DOTS>(call, row, head, first);
-    }
-    attend<T, DIM, QUERIES, LANES, DOTS>(call, row, head, first);
-}
+// One function for each level, type, width and number of queries: all of them in one would take minutes to compile.
+struct Range {
+    int64_t row, head, first;
+};
 
-template <typename T, int DIM, int LANES, bool DOTS>
-STRETTO_INLINE void attend_head(const Call &call, int64_t row, int64_t head) {
+#define STRETTO_ATTEND(NAME, TARGET, LANES, DOTS)                                                                    \
+    template <typename T, int DIM, int QUERIES>                                                                      \
+    TARGET __attribute__((noinline)) void plain_##NAME(const Call &call, Range at) {                                 \
+        constexpr bool dots = DOTS && sizeof(T) == 2 && DIM % 32 == 0;                                               \
+        attend<T, DIM, QUERIES, LANES, dots>(call, at.row, at.head, at.first);                                       \
+    }                                                                                                                \
+    template <typename T, int DIM, int QUERIES>                                                                      \
+    TARGET __attribute__((noinline)) void packed_##NAME(const Call &call, Range at) {                                \
+        attend_packed<T, DIM, QUERIES, LANES, DOTS && sizeof(T) == 2>(call, at.row, at.head, at.first);              \
+    }                                                                                                                \
+    struct Level_##NAME {                                                                                            \
+        template <typename T, int DIM, int QUERIES>                                                                  \
+        static void attend(const Call &call, Range at) {                                                             \
+            if constexpr (DIM % 32 == 0) {                                                                           \
+                if (call.open) return packed_##NAME<T, DIM, QUERIES>(call, at);                                      \
+            }                                                                                                        \
+            plain_##NAME<T, DIM, QUERIES>(call, at);                                                                 \
+        }                                                                                                            \
+    };
+
+template <typename Level, typename T, int DIM>
+void attend_head(const Call &call, int64_t row, int64_t head) {
     for (int64_t done = 0; done < call.group;) {
-        const int64_t first = head * call.group + done, left = call.group - done;
-        const int queries = static_cast<int>(left < kMostQueries ? left : kMostQueries);
+        const Range at{row, head, head * call.group + done};
+        const int64_t left = call.group - done, queries = left < kMostQueries ? left : kMostQueries;
         switch (queries) {
-            case 1: attend_either<T, DIM, 1, LANES, DOTS>(call, row, head, first); break;
-            case 2: attend_either<T, DIM, 2, LANES, DOTS>(call, row, head, first); break;
-            case 3: attend_either<T, DIM, 3, LANES, DOTS>(call, row, head, first); break;
-            default: attend_either<T, DIM, 4, LANES, DOTS>(call, row, head, first); break;
+            case 1: Level::template attend<T, DIM, 1>(call, at); break;
+            case 2: Level::template attend<T, DIM, 2>(call, at); break;
+            case 3: Level::template attend<T, DIM, 3>(call, at); break;
+            default: Level::template attend<T, DIM, 4>(call, at); break;
         }
         done += queries;
     }
 }
 
-template <typename T, int LANES, bool DOTS>
-STRETTO_INLINE void attend_dim(const Call &call, int64_t row, int64_t head) {
+template <typename Level, typename T>
+void attend_dim(const Call &call, int64_t row, int64_t head) {
     switch (call.dim) {
-        case 16: return attend_head<T, 16, LANES, false>(call, row, head);
-        case 32: return attend_head<T, 32, LANES, DOTS>(call, row, head);
-        case 64: return attend_head<T, 64, LANES, DOTS>(call, row, head);
-        case 80: return attend_head<T, 80, LANES, false>(call, row, head);
-        case 96: return attend_head<T, 96, LANES, DOTS>(call, row, head);
-        case 128: return attend_head<T, 128, LANES, DOTS>(call, row, head);
+        case 16: return attend_head<Level, T, 16>(call, row, head);
+        case 32: return attend_head<Level, T, 32>(call, row, head);
+        case 64: return attend_head<Level, T, 64>(call, row, head);
+        case 80: return attend_head<Level, T, 80>(call, row, head);
+        case 96: return attend_head<Level, T, 96>(call, row, head);
+        case 128: return attend_head<Level, T, 128>(call, row, head);
     }
 }
 
-template <int LANES, bool DOTS>
-STRETTO_INLINE void attend_type(const Call &call, int64_t row, int64_t head) {
-    if (call.is_bf16) {
-        attend_dim<uint16_t, LANES, DOTS>(call, row, head);
-    } else {
-        attend_dim<float, LANES, false>(call, row, head);
-    }
+template <typename Narrow, typename Wide>
+void attend_level(const Call &call, int64_t row, int64_t head) {
+    call.is_bf16 ? attend_dim<Narrow, uint16_t>(call, row, head) : attend_dim<Wide, float>(call, row, head);
 }
 
-#if defined(__x86_64__)
-STRETTO_TARGET_AVX512 void attend_avx512bf16(const Call &c, int64_t r, int64_t h) { attend_type<16, true>(c, r, h); }
-STRETTO_TARGET_AVX512 void attend_avx512(const Call &c, int64_t r, int64_t h) { attend_type<16, false>(c, r, h); }
-STRETTO_TARGET_AVX2 void attend_avx2(const Call &c, int64_t r, int64_t h) { attend_type<8, false>(c, r, h); }
-#endif
-void attend_plain(const Call &c, int64_t r, int64_t h) { attend_type<4, false>(c, r, h); }
+STRETTO_X86(STRETTO_ATTEND(avx512bf16, STRETTO_TARGET_AVX512, 16, true))
+STRETTO_X86(STRETTO_ATTEND(avx512, STRETTO_TARGET_AVX512, 16, false))
+STRETTO_X86(STRETTO_ATTEND(avx2, STRETTO_TARGET_AVX2, 8, false))
+STRETTO_ATTEND(plain, , 4, false)
 
 }  // namespace
 
@@ -352,11 +365,11 @@ namespace stretto {
 
 AttendHead attention_kernel(const std::string &level) {
 #if defined(__x86_64__)
-    if (level == "avx512bf16") return attend_avx512bf16;
-    if (level == "avx512") return attend_avx512;
-    if (level == "avx2") return attend_avx2;
+    if (level == "avx512bf16") return attend_level<Level_avx512bf16, Level_avx512>;
+    if (level == "avx512") return attend_level<Level_avx512, Level_avx512>;
+    if (level == "avx2") return attend_level<Level_avx2, Level_avx2>;
 #endif
-    if (level == "plain") return attend_plain;
+    if (level == "plain") return attend_level<Level_plain, Level_plain>;
     throw std::invalid_argument("level " + level + " is not known here");
 }
 

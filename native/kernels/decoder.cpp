@@ -34,7 +34,8 @@ namespace {
 
 constexpr int64_t kRowBlock = 64;  // rows of a product at once: their activations stay in a core's own cache
 constexpr int kStretches = 11;     // of a layer
-constexpr int kMixing = 4;         // the one of attention
+constexpr int kPlacing = 2;        // the one after which attention begins, with the packing of pages
+constexpr int kMixing = 4;         // the one with which it ends
 constexpr int64_t kChunk = 4;      // panels of a product that a thread takes at once
 
 struct Layer {
@@ -221,7 +222,7 @@ class Decoder {
             const int64_t layers = static_cast<int64_t>(decoder.layers_.size());
             double attention = 0.0;
             for (int64_t i = 0; i < layers; i++) {
-                attention += stretches[i * kStretches + kMixing].finished - stretches[i * kStretches + kMixing - 1].finished;
+                attention += stretches[i * kStretches + kMixing].finished - stretches[i * kStretches + kPlacing].finished;
             }
             const double layers_done = stretches[layers * kStretches - 1].finished;
             const double head = num_wanted ? stretches[layers * kStretches + 1].finished - layers_done : 0.0;

@@ -49,7 +49,7 @@ inline uint16_t to_half(float x) {
         return uint16_t(sign | uint16_t(std::nearbyint(size * 16777216.0f)));
     }
     bits += 0xFFFu + (bits >> 13 & 1u);
-    return uint16_t(sign | (bits >> 13) - (112u << 10));
+    return uint16_t(sign | ((bits >> 13) - (112u << 10)));
 }
 
 }  // namespace stretto
