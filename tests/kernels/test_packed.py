@@ -53,6 +53,14 @@ def test_unpacking_gives_back_what_was_packed(columns: int, inner: int, group: i
     assert packed.data.numel() == packed.native.bytes == panels * 16 * inner * bits // 8 + numbers
 
 
+def test_what_is_packed_need_not_be_contiguous() -> None:
+    weights = matrix(48, 256, 32, 4, True)
+    parts = [part.T.contiguous().T for part in weights.unpack() if part is not None]
+    assert not any(part.is_contiguous() for part in parts)
+    values, scales, minima = parts
+    assert torch.equal(pack(values, scales, minima, bits=4).data, weights.data)
+
+
 @pytest.mark.parametrize("level", AVAILABLE)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("bits", "minimum"), KINDS)
@@ -163,6 +171,14 @@ def test_concatenation_and_mistakes() -> None:
         parts[0].multiply(x, path="half")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="groups of 32"):
         pack(torch.zeros(16, 48, dtype=torch.uint8), torch.zeros(16, 1).half(), bits=4)
+    with pytest.raises(ValueError, match=r"values is torch.int64"):
+        pack(torch.zeros(16, 32, dtype=torch.int64), torch.zeros(16, 1).half(), bits=4)
+    with pytest.raises(ValueError, match=r"scales is torch.float32"):
+        pack(torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(16, 1), bits=4)
+    with pytest.raises(ValueError, match=r"scales is \(15, 1\); it must be \[16, groups\]"):
+        pack(torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(15, 1).half(), bits=4)
+    with pytest.raises(ValueError, match=r"minima is \(16, 2\)"):
+        pack(torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(16, 1).half(), torch.zeros(16, 2).half(), bits=4)
     with pytest.raises(ValueError, match="for 4 bits alone"):
         pack(torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(16, 1).half(), torch.zeros(16, 1).half(), bits=8)
     with pytest.raises(ValueError, match="level mmx"):

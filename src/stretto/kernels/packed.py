@@ -167,7 +167,15 @@ def pack(
         minima: fp16, as scales; for 4 bits alone.
         length: inner elements that are real, all if None.
     """
+    import torch
+
     columns, inner = values.shape
+    require(values.dtype == torch.uint8, "values", values.dtype, "torch.uint8")
+    for name, part in (("scales", scales), ("minima", minima)):
+        if part is not None:
+            require(part.dtype == torch.float16, name, part.dtype, "torch.float16")
+            right = f"[{columns}, groups], as many as scales"
+            require(part.shape == (columns, scales.shape[1]), name, tuple(part.shape), right)
     group = inner // scales.shape[1]
     require(bits in (4, 8), "bits", bits, "4 or 8")
     require(
@@ -175,8 +183,9 @@ def pack(
     )
     require(minima is None or bits == 4, "minima", "given", "for 4 bits alone")
     packed = _empty(columns, length or inner, group, bits, minima is not None)
-    low = minima.contiguous().data_ptr() if minima is not None else 0
-    _native.pack(packed.native, values.contiguous().data_ptr(), scales.contiguous().data_ptr(), low)
+    # Copies, where there are any, must outlive the call.
+    whole = [part if part is None else part.contiguous() for part in (values, scales, minima)]
+    _native.pack(packed.native, *(0 if part is None else part.data_ptr() for part in whole))
     return packed
 
 
