@@ -93,7 +93,8 @@ def cases(asked: Any) -> Any:
         where = f"{rows} x {length} x {columns}, group {group}, minimum {minimum}, {workers} workers"
         for dtype in (torch.bfloat16, torch.float16):
             own = x.to(dtype)
-            found = w4a16.matmul(own, tiled, workers=workers)
+            how = tiled if dtype == torch.bfloat16 else repack(plain, fragments=True)
+            found = w4a16.matmul(own, how, workers=workers)
             assert found.dtype == dtype
             yield f"{dtype}, {where}", error(found, own.double() @ whole.T)
         if group >= 64:

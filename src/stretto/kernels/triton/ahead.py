@@ -59,7 +59,14 @@ class MachineCode:
 
 
 def machine_code(
-    kernel: str, target: str, *, rows: int, group: int = 128, inner: int = 4096, minimum: bool = False
+    kernel: str,
+    target: str,
+    *,
+    rows: int,
+    group: int = 128,
+    inner: int = 4096,
+    minimum: bool = False,
+    fragments: bool = False,
 ) -> MachineCode:
     """A twin for tiles of `rows` (16, 32 or 64) and weights in groups of `group`.
 
@@ -70,6 +77,8 @@ def machine_code(
     require(target in TARGETS, "target", target, f"one of {', '.join(TARGETS)}")
     function, own = KERNELS[kernel]
     constants: dict[str, int | None] = {**w4a16.constants(group, tile_depth(group), inner, rows, minimum)}
+    if kernel == "w4a16":
+        constants["FRAGMENT_WARPS"] = warps_of(rows) if fragments else 0
     if not minimum:
         constants["minima"] = None
     types = {**_POINTERS, **own, **dict.fromkeys(_NUMBERS, "i32")}

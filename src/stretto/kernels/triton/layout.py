@@ -4,6 +4,11 @@ Weights are cut into tiles of `TILE_COLUMNS` columns by `deep` inner elements. A
 column, deep / 2 bytes, of which byte j holds inner element j in its low half and element deep / 2 + j in its high
 half. So a thread loads 16 bytes at once, and each half of a tile is a product of its own with half of the
 activations: nothing is shuffled. Tiles follow each other along the inner dimension, as stripes do.
+
+In *fragments* (MARLIN's reshuffle, for Hopper's matrix instructions on 16-bit numbers), the bytes of a column lie in
+the order in which the four lanes that share it need them: all of the first lane's, then the second's. Of every sixteen
+elements a lane takes two neighbours and the two that come eight later; what it loads at once is thus just what its
+instructions want, and bytes go from memory to the matrix unit without passing between lanes.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ class TiledMatrix:
         weights: uint8 [column tiles, inner tiles, TILE_COLUMNS, deep / 2].
         scales, minima: fp16 [column tiles, groups, TILE_COLUMNS]; without minima, 8 is subtracted from values.
         group: inner elements that share a scale; a tile is never deeper.
+        fragments: whether the bytes of a column of a tile lie lane by lane.
     """
 
     weights: torch.Tensor
@@ -37,6 +43,7 @@ class TiledMatrix:
     columns: int
     length: int
     group: int
+    fragments: bool = False
 
     @property
     def deep(self) -> int:
@@ -58,6 +65,7 @@ class TiledMatrix:
             columns=self.columns,
             length=self.length,
             group=self.group,
+            fragments=self.fragments,
         )
 
 
@@ -70,8 +78,12 @@ def tile_depth(group: int) -> int:
     return min(_DEEPEST, group & -group)
 
 
-def repack(matrix: PackedMatrix) -> TiledMatrix:
-    """A 4-bit matrix of the CPU's layout in this one, to the last bit."""
+def repack(matrix: PackedMatrix, *, fragments: bool = False) -> TiledMatrix:
+    """A 4-bit matrix of the CPU's layout in this one, to the last bit.
+
+    Args:
+        fragments: put bytes in the order of Hopper's lanes, for `w4a16` alone.
+    """
     import torch
 
     require(matrix.bits == 4, "bits", matrix.bits, "4")
@@ -86,13 +98,18 @@ def repack(matrix: PackedMatrix) -> TiledMatrix:
         return whole(part).view(-1, TILE_COLUMNS, part.shape[1]).transpose(1, 2).contiguous()
 
     tiles = whole(values).view(wide // TILE_COLUMNS, TILE_COLUMNS, -1, 2, deep // 2).permute(3, 0, 2, 1, 4)
+    weights = (tiles[0] | tiles[1] << 4).contiguous()
+    if fragments:
+        lanes = weights.unflatten(3, (-1, 2, 4, 2)).permute(0, 1, 2, 5, 3, 4, 6)
+        weights = lanes.reshape(weights.shape)
     return TiledMatrix(
-        weights=(tiles[0] | tiles[1] << 4).contiguous(),
+        weights=weights,
         scales=of_groups(scales),
         minima=None if minima is None else of_groups(minima),
         columns=matrix.columns,
         length=matrix.length,
         group=matrix.group,
+        fragments=fragments,
     )
 
 
@@ -100,7 +117,11 @@ def unrepack(tiled: TiledMatrix) -> PackedMatrix:
     """The way back: what `repack` was given, to the last bit."""
     import torch
 
-    halves = torch.stack([tiled.weights & 15, tiled.weights >> 4], dim=3)
+    weights = tiled.weights
+    if tiled.fragments:
+        lanes = weights.unflatten(3, (4, -1, 2, 2)).permute(0, 1, 2, 4, 5, 3, 6)
+        weights = lanes.reshape(weights.shape)
+    halves = torch.stack([weights & 15, weights >> 4], dim=3)
     values = halves.permute(0, 2, 1, 3, 4).reshape(-1, tiled.inner)[: tiled.columns]
 
     def of_groups(part: torch.Tensor) -> torch.Tensor:

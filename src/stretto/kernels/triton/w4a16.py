@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from stretto.kernels.triton.layout import TILE_COLUMNS, TiledMatrix
-from stretto.kernels.triton.striped import check, cut, finish, launch_options, padded, store_piece
+from stretto.kernels.triton.striped import check, cut, finish, launch_options, padded, store_piece, warps_of
 
 TYPES = (torch.bfloat16, torch.float16)
 
@@ -45,6 +45,7 @@ def matmul(x: torch.Tensor, matrix: TiledMatrix, *, workers: int | None = None) 
         how.stripes.slices,
         how.stripes.length,
         **constants(matrix.group, matrix.deep, matrix.inner, how.tile_rows, matrix.minima is not None),
+        FRAGMENT_WARPS=warps_of(how.tile_rows) if matrix.fragments else 0,
         **launch_options(how.tile_rows),
     )
     finish(how, partials, out)
@@ -75,12 +76,28 @@ def unpack(nibbles, MIDDLE: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
+def loaded_column(WARPS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+    """The column that each row of a loaded tile holds, where a warp loads eight at a time and computes with sixteen."""
+    row = tl.arange(0, TILE_COLUMNS)
+    turn = row // (8 * WARPS)
+    return row % 8 + 8 * (turn % 2) + 16 * (row // 8 % WARPS) + (turn // 2) * 16 * WARPS
+
+
+@triton.jit
+def in_order(tile, WARPS: tl.constexpr, TILE_COLUMNS: tl.constexpr, HALF: tl.constexpr):
+    """A loaded tile of fragments as columns by inner elements; every lane keeps what it holds."""
+    lanes = tile.reshape(TILE_COLUMNS, 4, HALF // 16, 2, 2).permute(0, 2, 3, 1, 4).reshape(TILE_COLUMNS, HALF)
+    turns = lanes.reshape(TILE_COLUMNS // (16 * WARPS), 2, WARPS, 8, HALF).permute(0, 2, 1, 3, 4)
+    return turns.reshape(TILE_COLUMNS, HALF)
+
+
+@triton.jit
 def multiply(
     x, weights, scales, minima, out, partials, rows, columns, inner, column_tiles, slices, length,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, DEEP: tl.constexpr, GROUP_TILES: tl.constexpr,
-    ONE_SCALE: tl.constexpr, MINIMUM: tl.constexpr,
+    ONE_SCALE: tl.constexpr, MINIMUM: tl.constexpr, FRAGMENT_WARPS: tl.constexpr,
 ):  # fmt: skip
-    """One program a stripe; `length` tiles each."""
+    """One program a stripe; `length` tiles each. FRAGMENT_WARPS is 0, or the warps that load fragments."""
     HALF: tl.constexpr = DEEP // 2
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     MIDDLE: tl.constexpr = 0 if MINIMUM else 8
@@ -99,11 +116,16 @@ def multiply(
         kept = own[None, :] < rows
         x_at = x + own[None, :].to(tl.int64) * inner + half[:, None]
         bytes_at = weights + column_tile.to(tl.int64) * inner_tiles * (TILE_COLUMNS * HALF)
-        bytes_at += column[:, None] * HALF + half[None, :]
+        if FRAGMENT_WARPS:
+            bytes_at += loaded_column(FRAGMENT_WARPS, TILE_COLUMNS)[:, None] * HALF + half[None, :]
+        else:
+            bytes_at += column[:, None] * HALF + half[None, :]
         total = tl.zeros((TILE_COLUMNS, TILE_ROWS), tl.float32)
         x_total = tl.zeros((TILE_ROWS,), tl.float32)
         for k in tl.range(first, stop):
             both = tl.load(bytes_at + k * (TILE_COLUMNS * HALF))
+            if FRAGMENT_WARPS:
+                both = in_order(both, FRAGMENT_WARPS, TILE_COLUMNS, HALF)
             x_low = tl.load(x_at + k * DEEP, mask=kept, other=0.0)
             x_high = tl.load(x_at + k * DEEP + HALF, mask=kept, other=0.0)
             low, high = unpack(both & 15, MIDDLE, BF16), unpack(both >> 4, MIDDLE, BF16)

@@ -30,6 +30,7 @@ def matmul(x: torch.Tensor, matrix: TiledMatrix, *, workers: int | None = None) 
     """
     check(x, matrix, TYPES)
     require(matrix.deep >= 64, "group", matrix.group, "a multiple of 64")
+    require(not matrix.fragments, "fragments", True, "False; they are for `w4a16` alone")
     out = x.new_empty(len(x), matrix.columns)
     if not len(x):
         return out
@@ -105,7 +106,6 @@ def multiply(
 ):  # fmt: skip
     """One program a stripe; `length` tiles each."""
     HALF: tl.constexpr = DEEP // 2
-    MIDDLE: tl.constexpr = 0 if MINIMUM else 8
     worker = tl.program_id(0)
     inner_tiles = inner // DEEP
     groups = inner_tiles // GROUP_TILES
@@ -126,16 +126,18 @@ def multiply(
             both = tl.load(bytes_at + k * (TILE_COLUMNS * HALF))
             x_low = tl.load(x_at + k * DEEP, mask=own[None, :] < rows, other=0)
             x_high = tl.load(x_at + k * DEEP + HALF, mask=own[None, :] < rows, other=0)
-            low, high = (both & 15).to(tl.int8) - MIDDLE, (both >> 4).to(tl.int8) - MIDDLE
+            low, high = (both & 15).to(tl.int8), (both >> 4).to(tl.int8)
             whole = tl.dot(high, x_high, tl.dot(low, x_low, out_dtype=tl.int32), out_dtype=tl.int32)
             group = k // GROUP_TILES
             at = (column_tile * groups + group) * TILE_COLUMNS + column
+            scale = tl.load(scales + at).to(tl.float32)
+            minimum = tl.load(minima + at).to(tl.float32) if MINIMUM else scale * -8.0
             x_scale = tl.load(numbers + group * rows + own, mask=own < rows, other=0.0)
-            total += (tl.load(scales + at).to(tl.float32)[:, None] * x_scale[None, :]) * whole.to(tl.float32)
-            if MINIMUM:
-                x_sum = tl.load(numbers + (groups + group) * rows + own, mask=own < rows, other=0.0)
-                share = tl.where(k % GROUP_TILES == 0, 1.0, 0.0)
-                total += tl.load(minima + at).to(tl.float32)[:, None] * (x_sum * share)[None, :]
+            x_sum = tl.load(numbers + (groups + group) * rows + own, mask=own < rows, other=0.0)
+            # A group's sum counts once, with the first of its tiles.
+            counts = tl.where(k % GROUP_TILES == 0, 1.0, 0.0)
+            total += (scale[:, None] * x_scale[None, :]) * whole.to(tl.float32)
+            total += minimum[:, None] * (x_sum * counts)[None, :]
         store_piece(
             out, partials, total, worker, slice_, first, stop, rows, columns, inner_tiles, column_tiles,
             TILE_ROWS, TILE_COLUMNS,
