@@ -148,6 +148,21 @@ def test_machine_code(kernel: str, target: str, rows: int, group: int, minimum: 
 
 
 @needs_triton
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("kernel", ["quantize", "sum"])
+def test_machine_code_before_and_after_the_product(kernel: str, target: str) -> None:
+    from stretto.kernels.triton.ahead import machine_code
+
+    code = machine_code(kernel, target, rows=64)
+    assert code.count(LOCAL[target]) == code.spilled == code.local_bytes == 0
+    if kernel == "quantize" and target != "gfx942":
+        # Rounding is an addition and a subtraction that no compiler may fold away, and quotients are exact.
+        assert code.count(r"add\.(rn\.)?f32[^;]*0f4B400000") == 1
+        assert code.count(r"add\.(rn\.)?f32[^;]*0fCB400000") == 1
+        assert code.count(r"div\.rn\.f32") == 2
+
+
+@needs_triton
 @pytest.mark.parametrize("rows", [16, 32, 64])
 def test_fragments_reach_the_matrix_unit_as_they_are_loaded(rows: int) -> None:
     """All loads are of 16 bytes, each lane reads its own, and nothing passes between lanes."""
@@ -168,10 +183,12 @@ def test_mistakes_are_told() -> None:
     from stretto.kernels.triton import w4a8, w4a16
     from stretto.kernels.triton.ahead import machine_code
 
-    with pytest.raises(ValueError, match="kernel is 'w3a3'; it must be one of w4a16, w4a8"):
+    with pytest.raises(ValueError, match="kernel is 'w3a3'; it must be one of w4a16, w4a8, quantize, sum"):
         machine_code("w3a3", "sm_90", rows=16)
     with pytest.raises(ValueError, match="target is 'sm_10'; it must be one of sm_80, sm_90, gfx942"):
         machine_code("w4a16", "sm_10", rows=16)
+    with pytest.raises(ValueError, match="rows is 8; it must be one of 16, 32, 64"):
+        machine_code("w4a16", "sm_90", rows=8)
     tiled = repack(matrix(20, 64, 32, False))
     with pytest.raises(ValueError, match="workers is None; it must be given where the matrix is not on a GPU"):
         w4a16.matmul(torch.zeros(1, 64).half(), tiled)

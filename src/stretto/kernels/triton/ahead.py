@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stretto.core.errors import require
-from stretto.kernels.triton import w4a8, w4a16
+from stretto.kernels.triton import striped, w4a8, w4a16
 from stretto.kernels.triton.layout import tile_depth
-from stretto.kernels.triton.striped import STAGES_AMD, STAGES_NVIDIA, warps_of
+from stretto.kernels.triton.striped import ROWS_OF_TILES, STAGES_AMD, STAGES_NVIDIA, warps_of
 
 TARGETS: Mapping[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,10 +29,20 @@ TARGETS: Mapping[str, GPUTarget] = {
 }
 KERNELS: Mapping[str, tuple[Any, Mapping[str, str]]] = {
     "w4a16": (w4a16.multiply, {"x": "*bf16"}),
-    "w4a8": (w4a8.multiply, {"x": "*i8", "numbers": "*fp32"}),
+    "w4a8": (w4a8.multiply, {"x": "*i8"}),
+    "quantize": (w4a8.quantize_group, {"x": "*fp32"}),
+    "sum": (striped.sum_slices, {}),
 }
-_POINTERS = {"weights": "*u8", "scales": "*fp16", "minima": "*fp16", "out": "*bf16", "partials": "*fp32"}
-_NUMBERS = ("rows", "columns", "inner", "column_tiles", "slices", "length")
+_POINTERS = {
+    "weights": "*u8",
+    "scales": "*fp16",
+    "minima": "*fp16",
+    "numbers": "*fp32",
+    "values": "*i8",
+    "out": "*bf16",
+    "partials": "*fp32",
+}
+_NUMBERS = ("rows", "columns", "inner", "inner_tiles", "column_tiles", "slices", "length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +78,7 @@ def machine_code(
     minimum: bool = False,
     fragments: bool = False,
 ) -> MachineCode:
-    """A twin for tiles of `rows` (16, 32 or 64) and weights in groups of `group`.
+    """A twin, or one of the small kernels before and after it, for tiles of `rows` and weights in groups of `group`.
 
     Raises:
         ValueError: for a kernel or target that is not known here.
@@ -76,11 +86,13 @@ def machine_code(
     require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
     require(target in TARGETS, "target", target, f"one of {', '.join(TARGETS)}")
     function, own = KERNELS[kernel]
-    constants: dict[str, int | None] = {**w4a16.constants(group, tile_depth(group), inner, rows, minimum)}
-    if kernel == "w4a16":
-        constants["FRAGMENT_WARPS"] = warps_of(rows) if fragments else 0
+    require(rows in ROWS_OF_TILES, "rows", rows, f"one of {', '.join(map(str, ROWS_OF_TILES))}")
+    known: dict[str, int | None] = {**w4a16.constants(group, tile_depth(group), inner, rows, minimum)}
+    known |= {"FRAGMENT_WARPS": warps_of(rows) if fragments else 0}
+    known |= {"GROUP": group, "WIDTH": triton.next_power_of_2(group)}
     if not minimum:
-        constants["minima"] = None
+        known["minima"] = None
+    constants = {name: value for name, value in known.items() if name in function.arg_names}
     types = {**_POINTERS, **own, **dict.fromkeys(_NUMBERS, "i32")}
     names = function.arg_names
     # What the launcher would find out: addresses, and sizes of inner dimensions, are multiples of 16.
@@ -93,6 +105,8 @@ def machine_code(
     )
     stages = STAGES_NVIDIA if TARGETS[target].backend == "cuda" else STAGES_AMD
     options = {"num_warps": warps_of(rows), "num_stages": stages}
+    if kernel == "quantize":
+        options |= w4a8.QUANTIZE_OPTIONS
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     return (_nvidia if TARGETS[target].backend == "cuda" else _amd)(compiled)
 

@@ -1,7 +1,7 @@
 """Weights of 4 bits times activations of 8, on the integer matrix units of a GPU: the twin of path "fast".
 
 Each row's activations become whole numbers of -127 to 127 with a scale for each group, as in
-`native/kernels/packed.cpp`; products inside a group are exact in 32 bits. COMET (Liu et al., 2024) computes its
+`native/kernels/packed.cpp`; products inside a group are exact in 32 bits. COMET (2024) computes its
 blocks of 8-bit activations in this way. Tiles and stripes are those of `w4a16`.
 """
 
@@ -17,6 +17,8 @@ from stretto.kernels.triton.striped import check, cut, finish, launch_options, p
 from stretto.kernels.triton.w4a16 import constants
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+QUANTIZE_OPTIONS = {"enable_fp_fusion": False}
+"""A fused multiply-add would round quotients that the CPU rounds twice, and so differ from it at ties."""
 
 
 def matmul(x: torch.Tensor, matrix: TiledMatrix, *, workers: int | None = None) -> torch.Tensor:
@@ -64,7 +66,7 @@ def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty(rows, inner, dtype=torch.int8, device=x.device)
     numbers = torch.empty(2, inner // group, rows, dtype=torch.float32, device=x.device)
     quantize_group[(rows, inner // group)](
-        x, values, numbers, rows, inner, GROUP=group, WIDTH=triton.next_power_of_2(group)
+        x, values, numbers, rows, inner, GROUP=group, WIDTH=triton.next_power_of_2(group), **QUANTIZE_OPTIONS
     )
     return values, numbers
 
