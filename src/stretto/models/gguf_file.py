@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stretto.core.errors import UserError
-from stretto.models.quantized import FORMATS, PackedTensor
+from stretto.models.quantized import FORMATS, BlockTensor
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -53,7 +53,7 @@ class GGUFFile:
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, PackedTensor]
+    tensors: Mapping[str, BlockTensor]
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -165,7 +165,7 @@ class _Reader:
         shape = tuple(reversed([self.scalar("<Q") for _ in range(dims)]))
         return name, shape, self.scalar("<I"), self.scalar("<Q")
 
-    def tensor(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> PackedTensor:
+    def tensor(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> BlockTensor:
         form = FORMATS.get(kind)
         if form is None:
             known = ", ".join(form.name for form in FORMATS.values())
@@ -175,4 +175,4 @@ class _Reader:
         size = math.prod(shape) // form.block * form.block_bytes
         if start + size > len(self.data):
             raise self.wrong(f"tensor {name!r} ends at byte {start + size}, but the file has {len(self.data)}")
-        return PackedTensor(form, shape, memoryview(self.data)[start : start + size])
+        return BlockTensor(form, shape, memoryview(self.data)[start : start + size])
