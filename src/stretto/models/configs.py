@@ -8,6 +8,15 @@ from typing import Any
 from stretto.core.errors import FieldError, UserError
 from stretto.models.spec import FAMILIES, ModelSpec, RopeScaling
 
+QUANTISED_FORM = ("compressed-tensors", "pack-quantized")
+"""The method and the format of quantised checkpoints that are read and written."""
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
 
 class _Fields:
     """Typed look-ups in a mapping that say which field of which file is wrong."""
@@ -49,9 +58,13 @@ def spec_from_config(config: Mapping[str, Any], *, file: str) -> ModelSpec:
         raise fields.wrong("model_type", family, f"one of {', '.join(FAMILIES)}")
     if config.get("hidden_act", "silu") != "silu":
         raise fields.wrong("hidden_act", config["hidden_act"], "silu")
-    if config.get("mlp_bias") or config.get("quantization_config"):
-        name = "mlp_bias" if config.get("mlp_bias") else "quantization_config"
-        raise fields.wrong(name, config[name], "absent; biased MLPs and pre-quantised checkpoints are not supported")
+    if config.get("mlp_bias"):
+        raise fields.wrong("mlp_bias", config["mlp_bias"], "absent; biased MLPs are not supported")
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        found = isinstance(quantisation, Mapping) and (quantisation.get("quant_method"), quantisation.get("format"))
+        if found != QUANTISED_FORM:
+            raise fields.wrong("quantization_config", quantisation, f"of {' in form '.join(QUANTISED_FORM)}, or absent")
     if family == "llama" and config.get("attention_bias"):
         raise fields.wrong("attention_bias", True, "false; a biased output projection is not supported")
     if family == "qwen3" and config.get("attention_bias"):
@@ -75,6 +88,38 @@ def spec_from_config(config: Mapping[str, Any], *, file: str) -> ModelSpec:
         rope_scaling=scaling,
         max_positions=min(fields.count("max_position_embeddings", 2048), _window(fields)),
     )
+
+
+def config_of(spec: ModelSpec) -> dict[str, Any]:
+    """A `config.json` from which `spec_from_config` makes `spec` again."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_theta}
+    scaling = spec.rope_scaling
+    if scaling is not None:
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low_frequency,
+                "high_freq_factor": scaling.high_frequency,
+                "original_max_position_embeddings": scaling.original_positions,
+            }
+    return {
+        "architectures": [_ARCHITECTURES[spec.family]],
+        "model_type": spec.family,
+        "hidden_act": "silu",
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.ffn,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab,
+        "tie_word_embeddings": spec.tied_embeddings,
+        "rms_norm_eps": spec.norm_eps,
+        "max_position_embeddings": spec.max_positions,
+        "rope_theta": spec.rope_theta,
+        "rope_parameters": rope,
+        "dtype": "float32",
+    } | ({"sliding_window": None} if spec.family == "mistral" else {})
 
 
 def _window(fields: _Fields) -> int:

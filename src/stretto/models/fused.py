@@ -18,15 +18,15 @@ import torch
 from stretto.core.errors import UserError
 from stretto.kernels import _native
 from stretto.kernels.attention import BEST_LEVEL
-from stretto.kernels.packed import PackedMatrix, Path, concatenate, pack_gguf
+from stretto.kernels.packed import PackedMatrix, Path, concatenate, pack, pack_gguf
 from stretto.models.batching import Segment, check_segments
 from stretto.models.kv_cache import KVCache
 from stretto.models.kv_packed import Cache, PackedKVCache
 from stretto.models.packable import why_not_fused
-from stretto.models.quantized import PackedTensor
+from stretto.models.quantized import BlockTensor, GroupedTensor, PackedTensor
 from stretto.models.spec import ModelSpec
 from stretto.models.transformer import rope_frequencies
-from stretto.models.weights import ROPE_DIVISORS, Weights
+from stretto.models.weights import ROPE_DIVISORS, Weights, query_key_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -214,10 +214,11 @@ class _Parts:
         )
         bias = qk_norm = None
         if spec.qkv_bias:
-            bias = torch.cat([self.weights.tensor(f"{at}self_attn.{n}_proj.bias", (w,)) for n, w in widths.items()])
+            parts = {n: self.weights.tensor(f"{at}self_attn.{n}_proj.bias", (w,)) for n, w in widths.items()}
+            bias = torch.cat([part if n == "v" else self._adjacent(part) for n, part in parts.items()])
         if spec.qk_norm:
             norms = [self.weights.tensor(f"{at}self_attn.{n}_norm.weight", (spec.head_dim,)) for n in "qk"]
-            qk_norm = torch.cat(norms)
+            qk_norm = torch.cat([self._adjacent(norm) for norm in norms])
         attention = self.weights.tensor(at + "input_layernorm.weight", (spec.hidden,))
         mlp = self.weights.tensor(at + "post_attention_layernorm.weight", (spec.hidden,))
         return matrices, (attention, mlp, bias, qk_norm)
@@ -230,7 +231,30 @@ class _Parts:
             raise UserError(
                 f"tensor {name} has shape {shape}", file=self.weights.file, right=f"expected {(columns, inner)}"
             )
-        return pack_gguf(source.blocks, (columns, inner), source.format.name)
+        order = None
+        if self.weights.rotary != "adjacent" and (".q_proj." in name or ".k_proj." in name):
+            order = self._adjacent(torch.arange(columns))
+        if isinstance(source, GroupedTensor):
+            return self._grouped(name, source, order)
+        assert isinstance(source, BlockTensor)
+        blocks = source.blocks
+        if order is not None:
+            rows = torch.frombuffer(blocks, dtype=torch.uint8).view(columns, -1)[order]
+            blocks = memoryview(rows.numpy().tobytes())
+        return pack_gguf(blocks, (columns, inner), source.format.name)
+
+    def _grouped(self, name: str, source: GroupedTensor, order: torch.Tensor | None) -> PackedMatrix:
+        """As the file has it, but for scales and minima that are no fp16 numbers: those are rounded."""
+        matrix = source.quantised(order)
+        scales, minima = matrix.scales.to(torch.float16), matrix.minima
+        if not (torch.isfinite(scales).all() and (minima is None or torch.isfinite(minima).all())):
+            raise UserError(
+                f"tensor {name} has scales that fp16 cannot hold", file=self.weights.file, right="use torch"
+            )
+        return pack(matrix.values, scales, minima, bits=matrix.bits, length=matrix.length)
+
+    def _adjacent(self, rows: torch.Tensor) -> torch.Tensor:
+        return query_key_order(rows, self.spec.head_dim, have=self.weights.rotary, want="adjacent")
 
 
 def build_fused(

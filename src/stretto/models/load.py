@@ -147,6 +147,7 @@ def _open_gguf(path: Path) -> ModelFiles:
 
 
 def _open_folder(folder: Path) -> ModelFiles:
-    config = folder / "config.json"
-    spec = ModelSpec.from_config(read_json(config), file=str(config))
-    return ModelFiles(spec, Tokenizer.from_folder(folder), safetensors_weights(folder))
+    file = folder / "config.json"
+    config = read_json(file)
+    spec = ModelSpec.from_config(config, file=str(file))
+    return ModelFiles(spec, Tokenizer.from_folder(folder), safetensors_weights(folder, config))

@@ -7,12 +7,13 @@ is not in the file.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from stretto.core.errors import UserError
 from stretto.models.weights import read_json
@@ -110,6 +111,21 @@ class Tokenizer:
             eos_ids=_folder_ends(backend, config, generation),
             chat_template=_folder_template(folder, config),
         )
+
+    def save(self, folder: Path) -> None:
+        """Write it in Hugging Face's layout, for `from_folder` and others; `OSError` if that cannot be."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        names = {"bos_token": self._text_of(self.bos_id), "eos_token": self._text_of(self.eos_id)}
+        if self._prefix:
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{names['bos_token']} $A", special_tokens=[(names["bos_token"], self._prefix[0])]
+            )
+        (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+        config: dict[str, Any] = {name: text for name, text in names.items() if text}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     @property
     def size(self) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 Timer = Callable[[str], None]
 """Called at the end of each section with its name, as `ModelSpec.operations` names it; "plan" comes first,
 and "reduce" is the sum over the ranks, where there are several."""
+Product = Callable[[str, torch.Tensor, torch.Tensor | None, torch.Tensor | None], "LinearMap"]
+"""Makes the product of one place of the model, from its name ("model.layers.3.self_attn.qkv"; out: "self_attn.o_proj",
+"mlp.gate_up", "mlp.down_proj"; "lm_head"), its weight [n, k] and bias in fp32, and what is still to be multiplied into
+the inputs [k] (a norm's weights; None: nothing). `folded` is what a model runs with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,15 +274,47 @@ def _part(spec: ModelSpec, shard: Shard | None) -> ModelSpec:
     return spec if shard is None else shard.part(spec)
 
 
+def folded(dtype: torch.dtype) -> Product:
+    """Norm weights folded into the columns of the product; weights in `dtype`."""
+
+    def product(name: str, weight: torch.Tensor, bias: torch.Tensor | None, fold: torch.Tensor | None) -> LinearMap:
+        whole = weight if fold is None else weight.mul_(fold)
+        return linear_map(whole.to(dtype), None if bias is None else bias.to(dtype))
+
+    return product
+
+
+def one_layer(spec: ModelSpec, weights: Weights, index: int, embed: LinearMap, product: Product) -> Transformer:
+    """Layer `index` alone in fp32, over rows that `embed` makes; its head is never asked for.
+
+    The rows are changed in place, so that what `embed` hands out holds the layer's outputs after a pass.
+    """
+    builder = _Builder(spec, weights, torch.float32, None, product)
+    return Transformer(
+        replace(spec, layers=1),
+        torch.float32,
+        embed=embed,
+        layers=[builder.layer(index)],
+        head=lambda x: x,
+        frequencies=builder.frequencies(),
+    )
+
+
 def build(
-    spec: ModelSpec, weights: Weights, *, dtype: torch.dtype, threads: int, shard: Shard | None = None
+    spec: ModelSpec,
+    weights: Weights,
+    *,
+    dtype: torch.dtype,
+    threads: int,
+    shard: Shard | None = None,
+    product: Product | None = None,
 ) -> Transformer:
-    """Unpack, fuse, fold and lay out the weights, or `shard`'s part of them.
+    """Unpack, fuse, fold and lay out the weights, or `shard`'s part of them; `product` makes products of another kind.
 
     Raises:
         UserError: a tensor is missing or misshapen, or the model has not enough KV heads for the ranks.
     """
-    builder = _Builder(spec, weights, dtype, shard)
+    builder = _Builder(spec, weights, dtype, shard, product or folded(dtype))
     # Layers are independent, so each thread packs its own: no barrier inside an operation, none lost to a
     # busy neighbour.
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -297,8 +333,11 @@ def build(
 
 
 class _Builder:
-    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, shard: Shard | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, shard: Shard | None, product: Product
+    ) -> None:
         self.spec = spec
+        self.product = product
         self.part = _part(spec, shard)
         self.shard = shard
         self.weights = weights
@@ -312,12 +351,20 @@ class _Builder:
         inner = (spec.ffn, spec.hidden)
         gates = [self.held(f"{at}mlp.{name}_proj.weight", inner, spec.ffn) for name in ("gate", "up")]
         return _Layer(
-            qkv=self.product(self.qkv(at, "weight", (spec.hidden,)).mul_(attention), self.bias(at)),
+            qkv=self.product(at + "self_attn.qkv", self.qkv(at, "weight", (spec.hidden,)), self.bias(at), attention),
             out=self.product(
-                self.held(at + "self_attn.o_proj.weight", (spec.hidden, spec.q_width), spec.kv_heads, dim=1)
+                at + "self_attn.o_proj",
+                self.held(at + "self_attn.o_proj.weight", (spec.hidden, spec.q_width), spec.kv_heads, dim=1),
+                None,
+                None,
             ),
-            gate_up=self.product(torch.cat(gates).mul_(mlp)),
-            down=self.product(self.held(at + "mlp.down_proj.weight", inner[::-1], spec.ffn, dim=1)),
+            gate_up=self.product(at + "mlp.gate_up", torch.cat(gates), None, mlp),
+            down=self.product(
+                at + "mlp.down_proj",
+                self.held(at + "mlp.down_proj.weight", inner[::-1], spec.ffn, dim=1),
+                None,
+                None,
+            ),
             qk_norm=self.qk_norm(at) if spec.qk_norm else None,
         )
 
@@ -325,8 +372,7 @@ class _Builder:
     def head(self) -> LinearMap:
         name = "model.embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
         table = self.held(name, (self.spec.vocab, self.spec.hidden), self.spec.vocab)
-        norm = self.norm("model.norm.weight")
-        return self.product(table.mul_(norm))
+        return self.product("lm_head", table, None, self.norm("model.norm.weight"))
 
     def embed(self) -> LinearMap:
         """Token ids [T] to fp32 rows [T, H]; a packed table stays packed."""
@@ -347,9 +393,6 @@ class _Builder:
         """What is held here of a tensor of `shape`, whose `dim` holds `units` units of equal width."""
         whole = self.weights.tensor(name, shape)
         return whole if self.shard is None else self.shard.cut(whole, units, dim)
-
-    def product(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> LinearMap:
-        return linear_map(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
     def norm(self, name: str) -> torch.Tensor:
         return self.weights.tensor(name, (self.spec.hidden,)) * math.sqrt(self.spec.hidden)

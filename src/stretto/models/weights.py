@@ -91,14 +91,24 @@ def _translated(name: str) -> str:
             return name
 
 
-def safetensors_weights(folder: Path) -> Weights:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists."""
+def safetensors_weights(folder: Path, config: Mapping[str, Any] | None = None) -> Weights:
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
+
+    Args:
+        config: what `config.json` says; matrices of a quantised checkpoint stay packed.
+    """
     index = folder / "model.safetensors.index.json"
     files = _sharded(folder, index) if index.is_file() else [folder / "model.safetensors"]
-    sources: dict[str, PackedTensor | Callable[[], torch.Tensor]] = {}
+    plain: dict[str, Callable[[], torch.Tensor]] = {}
     for file in files:
-        sources.update(_opened(file))
-    return Weights(str(folder), "halves", sources)
+        plain.update(_opened(file))
+    quantisation = (config or {}).get("quantization_config")
+    if not quantisation:
+        return Weights(str(folder), "halves", plain)
+
+    from stretto.models.groups import grouped
+
+    return Weights(str(folder), "halves", grouped(plain, quantisation, str(folder)))
 
 
 def _sharded(folder: Path, index: Path) -> list[Path]:
