@@ -12,6 +12,7 @@ from rich.markup import escape
 from stretto.cli.app import app, console, print_json, progress_bar
 from stretto.cli.format import quantity
 from stretto.core.errors import FieldError, UserError
+from stretto.models.load import prepare_environment
 
 _GROUPS = {"32": 32, "64": 64, "128": 128, "column": -1}
 
@@ -33,6 +34,7 @@ def quantize(
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Quantise MODEL layer by layer and write it in compressed-tensors' pack-quantized form."""
+    prepare_environment()
     try:
         from stretto.models.quantize.layerwise import Recipe
         from stretto.models.quantize.run import Calibration, quantise_to

@@ -121,9 +121,14 @@ def open_model(name_or_path: str) -> ModelFiles:
     return _open_gguf(source.path) if source.kind == "gguf" else _open_folder(source.path)
 
 
-def _torch_dtype(dtype: str) -> torch.dtype:
+def prepare_environment() -> None:
+    """Set what torch reads when it is imported and the user did not set; without effect once it is."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    prepare_environment()
     try:
         import torch
     except ImportError:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from stretto.core.errors import UserError
 from stretto.models.configs import config_of
 from stretto.models.quantize.grid import Grid
-from stretto.models.quantize.layerwise import Recipe
+from stretto.models.quantize.layerwise import HEAD_GRID, Recipe
 from stretto.models.quantized import PackedTensor, Quantised, pack_words
 from stretto.models.spec import ModelSpec
 from stretto.models.tokenizer import Tokenizer
@@ -91,11 +91,11 @@ def stored(name: str, matrix: Quantised) -> dict[str, torch.Tensor]:
 
 def quantisation_config(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
     """What `config.json` says about it."""
-    groups = {"group_0": _group(["Linear"], recipe.grid)}
+    groups = {"group_0": quantisation_group(["Linear"], recipe.grid)}
     if recipe.head == "8":
-        from stretto.models.quantize.layerwise import HEAD_GRID
-
-        groups["group_1"] = _group(["Embedding"] + ([] if spec.tied_embeddings else ["re:.*lm_head"]), HEAD_GRID)
+        groups["group_1"] = quantisation_group(
+            ["Embedding"] + ([] if spec.tied_embeddings else ["re:.*lm_head"]), HEAD_GRID
+        )
     ignore = ["lm_head"] if recipe.head == "keep" or spec.tied_embeddings else []
     return {
         "quant_method": "compressed-tensors",
@@ -108,7 +108,8 @@ def quantisation_config(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _group(targets: list[str], grid: Grid) -> dict[str, Any]:
+def quantisation_group(targets: list[str], grid: Grid) -> dict[str, Any]:
+    """One of its groups: modules of these kinds, quantised on this grid."""
     whole = grid.group == -1
     return {
         "targets": targets,

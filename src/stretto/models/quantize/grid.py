@@ -63,14 +63,20 @@ class Grid:
         width = self.width(length)
         return -(-length // width) * width
 
-    def scales(self, groups: torch.Tensor, shrink: float = 1.0) -> Scales:
-        """Scales of fp32 groups [..., width], spanning `shrink` of their range."""
+    def extent(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The lowest and the highest value that the grids of fp32 groups [..., width] must reach."""
+        if self.symmetric:
+            most = groups.abs().amax(-1)
+            return -most, most
+        return groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+
+    def scales(self, extent: tuple[torch.Tensor, torch.Tensor], shrink: float = 1.0) -> Scales:
+        """Scales of groups that span `shrink` of an extent."""
         import torch
 
+        low, high = extent
         if self.symmetric:
-            scale = groups.abs().amax(-1).mul_(2 * shrink / self.top)
-            return Scales(_half(scale), None)
-        low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+            return Scales(_half(high * (2 * shrink / self.top)), None)
         scale = (high - low).mul_(shrink / self.top)
         if self.bits == 4:
             part, exponent = torch.frexp(scale)
@@ -143,7 +149,7 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid, *, kept: torch.Tensor | N
         kept: bool [rows, length]; the others become exactly zero.
     """
     groups, mask = _masked(weight, grid, kept)
-    scales = grid.scales(groups)
+    scales = grid.scales(grid.extent(groups))
     return assemble(grid.encode(groups, scales), scales, grid, weight.shape[1], kept=_flat(mask), method="rtn")
 
 
@@ -185,10 +191,11 @@ def search(groups: torch.Tensor, factors: torch.Tensor | None, grid: Grid, shrin
     """
     import torch
 
-    best = grid.scales(groups)
+    extent = grid.extent(groups)
+    best = grid.scales(extent)
     least: torch.Tensor | None = None
     for step in range(shrinks):
-        scales = grid.scales(groups, 1 - step / 100)
+        scales = grid.scales(extent, 1 - step / 100)
         error = grid.decode(grid.encode(groups, scales), scales).sub_(groups)
         size = _weighted(error, factors).square_().sum(-1)
         if least is None:

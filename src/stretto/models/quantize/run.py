@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,10 @@ _MOST_TEXT_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text that a quantiser sees: `windows` stretches of `tokens` tokens, spread evenly over `file`."""
+    """The text that a quantiser sees: `windows` stretches of `tokens` tokens, spread evenly over `file`.
+
+    A model that takes fewer tokens sees shorter stretches.
+    """
 
     file: Path
     windows: int = 32
@@ -105,7 +108,9 @@ def _run(folder: Path, name: str, recipe: Recipe, text: Calibration | None, thre
     start = time.perf_counter()
     torch.set_num_threads(threads)
     files = open_model(name)
-    windows = None if text is None else text_windows(files.tokenizer, text)
+    windows = None
+    if text is not None:
+        windows = text_windows(files.tokenizer, replace(text, tokens=min(text.tokens, files.spec.max_positions)))
     counts: Counter[str] = Counter()
     sizes = [0, 0]
 
