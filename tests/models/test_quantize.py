@@ -12,7 +12,7 @@ from stretto.core.errors import FieldError  # noqa: E402
 from stretto.kernels.packed import pack  # noqa: E402
 from stretto.models.quantize import Grid, clip, gptq, magnitude_mask, round_to_nearest  # noqa: E402
 from stretto.models.quantize.gptq import inverse_factor, two_of_four  # noqa: E402
-from stretto.models.quantize.grid import GROUPS  # noqa: E402
+from stretto.models.quantize.grid import GROUPS, Scales, padded_groups  # noqa: E402
 from stretto.models.quantized import Quantised, pack_words, unpack_words  # noqa: E402
 
 GRIDS = [Grid(bits=b, group=g, symmetric=s) for b in (4, 8) for g in GROUPS for s in (True, False)]
@@ -50,6 +50,9 @@ def test_rounding_errs_by_half_a_step_at_most(grid: Grid) -> None:
     # asymmetric 4-bit scales have 7 bits.
     slack = 1.0 + (0.07 if not grid.symmetric else 0.01) * grid.top / 8
     assert ((weight - found.dequantize()).abs() <= steps * 0.5 * slack + 1e-7).all()
+    stored = Scales(found.scales.float(), None if found.zeros is None else found.zeros.float())
+    again = grid.encode(padded_groups(weight, grid), stored)
+    assert torch.equal(again.view(5, -1).to(torch.uint8), found.values)  # by the scales as they are stored
     packed = unpack_words(pack_words(found.values, grid.bits), grid.bits)
     assert torch.equal(packed[:, :inner], found.values)
 
