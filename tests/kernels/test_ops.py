@@ -112,7 +112,7 @@ WRONG = {
     "no length": ((), {3: 0}, "length is 0; it must be at least 1"),
     "no group": ((), {4: 0}, "group is 0; it must be a multiple of 32"),
     "a group of 48": ((), {4: 48}, "group is 48; it must be a multiple of 32"),
-    "3 bits": ((), {5: 3}, "bits is 3; it must be 4 or 8"),
+    "3 bits": ((), {5: 3}, "bits is 3; it must be 4, 8 or 16"),
     "a minimum with 8 bits": ((), {5: 8, 6: True}, "minimum is True; it must be False"),
     "an unknown path": ((), {7: "slow"}, "path is 'slow'; it must be one of exact, bf16, fast"),
 }

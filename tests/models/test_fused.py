@@ -112,3 +112,36 @@ def test_models_that_are_not_packed_are_refused_with_the_reason(saved: Path) -> 
     assert why_not_fused(files.spec, files.weights) is not None
     with pytest.raises(UserError, match="fused decoder"):
         build_fused(files.spec, files.weights, path="exact", dtype=torch.float32, threads=1)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def folder(request: pytest.FixtureRequest, tiny_tokenizer_json: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in bf16 as transformers saves it: rotary partners half a head apart, biases, head norms."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3}
+    shape |= {"vocab_size": 101, "num_key_value_heads": 1, "max_position_embeddings": 256, "head_dim": 16}
+    config = transformers.AutoConfig.for_model(request.param, tie_word_embeddings=request.param == "llama", **shape)
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    path = tmp_path_factory.mktemp(request.param)
+    model.bfloat16().save_pretrained(path)
+    (path / "tokenizer.json").write_text(tiny_tokenizer_json)
+    return path
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_plain_bf16_weights_run_fused(folder: Path, path: str) -> None:
+    files = open_model(str(folder))
+    assert why_not_fused(files.spec, files.weights) is None
+    ids = list(range(3, 43))
+    cache = load_model(str(folder), threads=1).transformer.new_cache(pages=1, page_tokens=64)
+    torch_model = load_model(str(folder), threads=1).transformer
+    wanted = torch_model.forward(torch.tensor(ids), [Segment(0, 40, 0, (0,), 40)], cache)  # type: ignore[arg-type]
+    fused = build_fused(files.spec, files.weights, path=path, dtype=torch.float32, threads=2)  # type: ignore[arg-type]
+    found = logits_of(fused, ids, [40], 64)
+    bound = 1e-5 if path == "exact" else 3e-2  # the others round activations to bf16
+    assert (found - wanted).abs().max() < bound * wanted.abs().max()
+    assert torch.equal(logits_of(fused, ids, [1, 12, 27], 16), found)

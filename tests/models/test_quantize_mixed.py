@@ -18,6 +18,7 @@ from stretto.models.quantize.mixed import (  # noqa: E402
     block_errors,
     fake_rows,
     outliers_first,
+    packed,
     permuted,
     product,
     quantise_rows,
@@ -90,6 +91,20 @@ def test_products_are_exact_in_whole_numbers(rows: int, length: int, eights: int
     assert np.array_equal(found.numpy(), wanted)
     together = fake_rows(x, plan).double() @ restored(weight.dequantize(), plan).double().T
     torch.testing.assert_close(found.double(), together, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 70, 300])
+@pytest.mark.parametrize(("length", "bits"), [(576, [8, 4, 8, 4, 4]), (576, [4] * 5), (64, [8]), (1536, [8] * 12)])
+def test_the_packed_kernel_multiplies_as_this_does(rows: int, length: int, bits: list[int]) -> None:
+    plan = a_plan(length, bits)
+    x = inputs(rows, length, seed=rows)
+    weight = round_to_nearest(permuted(torch.randn(40, length), plan), Grid(group=128))
+    found = packed(weight, plan).multiply(x, path="fast", threads=2)
+    wanted = product(*quantise_rows(x, plan), weight, plan)
+    # The two divide differently, so a value in some thousands lies on the other side of a tie.
+    assert float((found - wanted).abs().mean() / wanted.abs().mean()) < 1e-4
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 0.02
+    torch.testing.assert_close(packed(weight, plan).dequantize(), restored(weight.dequantize(), plan))
 
 
 def test_rounding_errs_by_half_a_step_and_constants_and_zeros_are_kept() -> None:

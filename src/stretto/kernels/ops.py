@@ -47,7 +47,7 @@ def packed_matmul(x: torch.Tensor, matrix: PackedMatrix, *, path: Path = "exact"
 def packed_bytes(columns: int, length: int, group: int, bits: int, minimum: bool) -> int:
     """What a packed matrix takes: bits/8 a weight and 2 or 4 bytes a group, of whole panels and whole groups."""
     inner = -(-length // group) * group
-    return _native.Packed(0, columns, inner, group, bits, minimum).bytes
+    return _native.Packed(0, columns, inner, group, bits, minimum, 0, 0).bytes
 
 
 def _check(
@@ -57,8 +57,8 @@ def _check(
     require(columns >= 1, "columns", columns, "at least 1")
     require(length >= 1, "length", length, "at least 1")
     require(group >= 32 and group % 32 == 0, "group", group, "a multiple of 32")
-    require(bits in (4, 8), "bits", bits, "4 or 8")
-    require(not minimum or bits == 4, "minimum", minimum, "False where bits is 8")
+    require(bits in (4, 8, 16), "bits", bits, "4, 8 or 16")
+    require(not minimum or bits == 4, "minimum", minimum, "False where bits is not 4")
     require(path in PATHS, "path", path, f"one of {', '.join(PATHS)}")
     require(x.ndim >= 1 and x.shape[-1] == length, "x", tuple(x.shape), f"[..., {length}]")
     require(x.dtype in _TYPES, "x", x.dtype, "torch.float32 or torch.bfloat16")

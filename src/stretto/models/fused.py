@@ -1,7 +1,7 @@
 """The decoder in one native call a pass, over weights that stay packed.
 
 What `transformer.py` does in torch, operation by operation, this does in `native/kernels/decoder.cpp`: the same
-interface, the same paged KV cache, for models of the Llama family whose matrices lie in blocks of 4 or 8 bits. A
+interface, the same paged KV cache, for models of the Llama family whose matrices lie in 4 or 8 bits, or in bf16. A
 row's results depend on that row alone, to the last bit, whoever shares the pass, however its prompt was cut and
 however many threads there are.
 """
@@ -18,15 +18,15 @@ import torch
 from stretto.core.errors import UserError
 from stretto.kernels import _native
 from stretto.kernels.attention import BEST_LEVEL
-from stretto.kernels.packed import PackedMatrix, Path, concatenate, pack, pack_gguf
+from stretto.kernels.packed import PackedMatrix, Path, concatenate, pack, pack_gguf, pack_numbers
 from stretto.models.batching import Segment, check_segments
 from stretto.models.kv_cache import KVCache
 from stretto.models.kv_packed import Cache, PackedKVCache
-from stretto.models.packable import why_not_fused
+from stretto.models.packable import packing, why_not_fused
 from stretto.models.quantized import BlockTensor, GroupedTensor, PackedTensor
 from stretto.models.spec import ModelSpec
 from stretto.models.transformer import rope_frequencies
-from stretto.models.weights import ROPE_DIVISORS, Weights, query_key_order
+from stretto.models.weights import ROPE_DIVISORS, StoredTensor, Weights, query_key_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,7 +172,7 @@ class _Parts:
         self.norm = weights.tensor("model.norm.weight", (spec.hidden,))
         if spec.tied_embeddings:
             self.table: PackedMatrix | None = self.head
-        elif isinstance(weights.sources[name], PackedTensor):
+        elif packing(weights.sources[name]) is not None:
             self.table = self._matrix(name, spec.vocab, spec.hidden)
         else:
             self.table = None
@@ -225,7 +225,7 @@ class _Parts:
 
     def _matrix(self, name: str, columns: int, inner: int) -> PackedMatrix:
         source = self.weights.sources.get(name)
-        assert isinstance(source, PackedTensor)
+        assert isinstance(source, (PackedTensor, StoredTensor))
         if tuple(source.shape) != (columns, inner):
             shape = tuple(source.shape)
             raise UserError(
@@ -234,6 +234,9 @@ class _Parts:
         order = None
         if self.weights.rotary != "adjacent" and (".q_proj." in name or ".k_proj." in name):
             order = self._adjacent(torch.arange(columns))
+        if packing(source) == "BF16":
+            values = source() if isinstance(source, StoredTensor) else source.dequantize(torch.bfloat16)
+            return pack_numbers(values if order is None else values[order])
         if isinstance(source, GroupedTensor):
             return self._grouped(name, source, order)
         assert isinstance(source, BlockTensor)

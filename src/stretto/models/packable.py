@@ -6,9 +6,9 @@ from stretto.kernels.attention import HEAD_DIMS
 from stretto.kernels.packed import PANEL
 from stretto.models.quantized import BlockTensor, GroupedTensor
 from stretto.models.spec import ModelSpec
-from stretto.models.weights import Weights
+from stretto.models.weights import StoredTensor, Weights
 
-PACKED_FORMATS = ("Q4_0", "Q4_1", "Q8_0")
+PACKED_FORMATS = ("Q4_0", "Q4_1", "Q8_0", "BF16")
 ALIGN = 32
 """Groups are multiples of it."""
 
@@ -25,7 +25,7 @@ def why_not_fused(spec: ModelSpec, weights: Weights) -> str | None:
             continue
         if name.endswith("embed_tokens.weight") and not spec.tied_embeddings:
             continue
-        kind = _kind(source)
+        kind = packing(source)
         if kind is None:
             return f"{name} is not in one of {', '.join(PACKED_FORMATS)} or in groups that are multiples of {ALIGN}"
         group = name.rsplit(".", 2)[0] + ("qkv" if any(f".{n}_proj." in name for n in "qkv") else "")
@@ -35,8 +35,10 @@ def why_not_fused(spec: ModelSpec, weights: Weights) -> str | None:
     return f"{mixed[0]} mixes formats" if mixed else None
 
 
-def _kind(source: object) -> str | None:
+def packing(source: object) -> str | None:
     """What matrices must have in common to be one product; None if a matrix cannot be packed."""
+    if isinstance(source, StoredTensor):
+        return "BF16" if source.dtype == "BF16" else None
     if isinstance(source, BlockTensor):
         return source.format.name if source.format.name in PACKED_FORMATS else None
     if not isinstance(source, GroupedTensor) or source.group % ALIGN or (source.bits == 8 and source.zeros is not None):

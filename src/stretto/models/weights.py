@@ -8,6 +8,7 @@ is shuffled twice.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,28 @@ class Weights:
         if tuple(values.shape) != shape:
             raise UserError(f"tensor {name} has shape {tuple(values.shape)}", file=self.file, right=f"expected {shape}")
         return values
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, read when it is called.
+
+    Attributes:
+        dtype: its type by safetensors' name, as "BF16".
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    def __call__(self) -> torch.Tensor:
+        return self.read()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        bits = int("".join(c for c in self.dtype.partition("_")[0] if c.isdigit()) or 8)  # F8_E4M3 has 8, BOOL too
+        return math.prod(self.shape) * bits // 8
 
 
 def gguf_weights(file: GGUFFile) -> Weights:
@@ -140,7 +163,8 @@ def _opened(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"is damaged: {error}", file=str(file), right="download it again") from None
     for name in names:
-        yield name, partial(opened.get_tensor, name)
+        part = opened.get_slice(name)
+        yield name, StoredTensor(part.get_dtype(), tuple(part.get_shape()), partial(opened.get_tensor, name))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from stretto.models.packable import why_not_fused
 from stretto.models.quantized import PackedTensor
 from stretto.models.spec import ModelSpec
 from stretto.models.tokenizer import Tokenizer
+from stretto.models.weights import StoredTensor
 from stretto.serve.job import ServeJob
 
 
@@ -49,7 +50,8 @@ class Workload:
 @lru_cache(maxsize=8)
 def _opened(model: str) -> tuple[ModelSpec, Tokenizer, str | None, float]:
     files = open_model(model)
-    packed = sum(source.nbytes for source in files.weights.sources.values() if isinstance(source, PackedTensor))
+    stored = (PackedTensor, StoredTensor)
+    packed = sum(source.nbytes for source in files.weights.sources.values() if isinstance(source, stored))
     return files.spec, files.tokenizer, why_not_fused(files.spec, files.weights), float(packed)
 
 
