@@ -115,7 +115,9 @@ class QuantLinear(nn.Module):
         cls, matrix: PackedMatrix, *, bias: torch.Tensor | None = None, path: Path = "exact"
     ) -> QuantLinear:
         """A layer with a packed matrix for its weight; its bytes are copied. Not for mixed precision."""
-        require(matrix.order is None, "matrix", "sorted for mixed precision", "one whose elements are in their own order")
+        require(
+            matrix.order is None, "matrix", "sorted for mixed precision", "one whose elements are in their own order"
+        )
         layer = cls(
             matrix.length,
             matrix.columns,

@@ -26,19 +26,23 @@ ROWS = (1, 4, 16, 64)
 STEPS = 24
 
 
-def calibrate(spec: ModelSpec, tokenizer: Tokenizer, sampling: Sampling, *, threads: int) -> dict[str, Table]:
+def calibrate(
+    spec: ModelSpec, tokenizer: Tokenizer, sampling: Sampling, *, threads: int, path: str = "torch"
+) -> dict[str, Table]:
     """Tables over rows of "step" and "sample" seconds, by signature with "@threads" behind it; about a second."""
-    rng = np.random.default_rng(0)
-    logits = rng.standard_normal((max(ROWS), spec.vocab), dtype=np.float32)
-    draws = [(float(n), _median(lambda n=n: sample(logits[:n], [sampling] * n, [5] * n))) for n in ROWS]  # type: ignore[misc]
-    steps = [(float(n), asyncio.run(_step_s(n, tokenizer))) for n in ROWS]
+    signatures = {"step": [(float(n), asyncio.run(_step_s(n, tokenizer))) for n in ROWS]}
+    if path == "torch" or not sampling.greedy:  # else the pass itself picks
+        rng = np.random.default_rng(0)
+        logits = rng.standard_normal((max(ROWS), spec.vocab), dtype=np.float32)
+        signatures["sample"] = [
+            (float(n), _median(lambda n=n: sample(logits[:n], [sampling] * n, [5] * n)))  # type: ignore[misc]
+            for n in ROWS
+        ]
     return {
-        f"{host_signature('sample', spec)}@{threads}": Table.line(
-            "rows", draws, spread=0.2, source="measured here by calibrate"
-        ),
-        f"{host_signature('step', spec)}@{threads}": Table.line(
-            "rows", steps, spread=0.2, source="measured here by calibrate"
-        ),
+        f"{host_signature(what, spec, path)}@{threads}": Table.line(
+            "rows", found, spread=0.2, source="measured here by calibrate"
+        )
+        for what, found in signatures.items()
     }
 
 

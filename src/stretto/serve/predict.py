@@ -41,9 +41,10 @@ SHORT_ANSWER = 0.25
 """The forecast's interval runs from answers of this share of the assumed length to answers that all reach the limit."""
 
 
-def host_signature(what: str, spec: ModelSpec) -> str:
+def host_signature(what: str, spec: ModelSpec, path: str = "torch") -> str:
     """The signature of host work: "step" (scheduling and handing out) or "sample" (choosing tokens from logits)."""
-    return f"host-{what}/vocab{spec.vocab}"
+    fused = "" if what == "step" or path == "torch" else "/fused"
+    return f"host-{what}/vocab{spec.vocab}{fused}"
 
 
 @dataclass
@@ -136,7 +137,7 @@ class PassCosts:
         """What the spec lists, and the host's part of a pass where it was measured: laying out, drawing tokens."""
         hosts = {
             pass_signature(self.spec, self.dtype, self.path): shape.rows,
-            host_signature("sample", self.spec): shape.head_rows,
+            host_signature("sample", self.spec, self.path): shape.head_rows,
         }
         own = [
             Operation(
@@ -194,7 +195,7 @@ def play(plan: ServePlan, work: Workload, device: Device, lengths: Sequence[int]
                 clock,
                 dict(zip(numbers, lengths, strict=True)),
                 {i: len(work.prompts[i]) for i in numbers},
-                host_s=costs.host_s,
+                host_s=lambda rows: costs.host_s(rows) * between_steps(plan, device),
                 on_host=lambda start, finish: recorder.span("host", start, finish, Key("host")),
                 shared=shared,
             )
@@ -217,6 +218,19 @@ def play(plan: ServePlan, work: Workload, device: Device, lengths: Sequence[int]
         return Played(trace=recorder.trace(), answers=answers, spread=(costs.low / total, costs.high / total))
 
     return simulate_async(main)
+
+
+def between_steps(plan: ServePlan, device: Device) -> float:
+    """The share of host work that shows between two steps of a batch, of which the next begins before it is done.
+
+    It costs nothing where a core is left over. Else it takes a core from a pass: threads that help each other out lose
+    their share of it, torch's wait for the slowest.
+    """
+    if plan.instances > 1 or device.kind != "cpu":
+        return 1.0  # their workers do not go ahead
+    if plan.threads < device.units:
+        return 0.0
+    return 1.0 if plan.path == "torch" else 1.0 / plan.threads
 
 
 def lanes(plan: ServePlan) -> list[str]:

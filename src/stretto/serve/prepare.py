@@ -26,6 +26,8 @@ from stretto.serve.workload import Workload
 FRESH_S = 60.0
 """Tables younger than this are believed; older ones are checked against a few passes first."""
 
+_FORMAT = 2  # of what tables mean: older ones are not read
+
 Tables = dict[str, Table]
 
 
@@ -65,7 +67,7 @@ def _tables(
         file.touch()
         return cached
     tables = model_calibration.calibrate(model, threads=threads, progress=progress)
-    tables |= host_calibration.calibrate(model.spec, model.tokenizer, job.sampling, threads=threads)
+    tables |= host_calibration.calibrate(model.spec, model.tokenizer, job.sampling, threads=threads, path=path)
     _write(file, tables)
     return tables
 
@@ -77,7 +79,7 @@ def _holds(model: Model, tables: Tables, threads: int) -> bool:
 def _file(job: ServeJob, cluster: Cluster, dtype: str, threads: int) -> Path:
     draw = "greedy" if job.sampling.greedy else f"top{job.sampling.top_k}"
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{job.model}-{dtype}-{threads}-{draw}")
-    return cache_folder() / f"serve-{cluster.fingerprint()}" / f"{name[-120:]}.json"
+    return cache_folder() / f"serve-{_FORMAT}-{cluster.fingerprint()}" / f"{name[-120:]}.json"
 
 
 def _read(file: Path) -> Tables | None:
