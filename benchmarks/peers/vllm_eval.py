@@ -16,7 +16,11 @@ from typing import Any
 
 def main() -> None:
     asked: dict[str, Any] = json.load(sys.stdin)
-    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": asked["cpus"], "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= {
+        "VLLM_CPU_OMP_THREADS_BIND": asked["cpus"],
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     answer = os.dup(1)
     os.dup2(2, 1)  # what others print must not meet the answer
     from vllm import LLM, SamplingParams, __version__
