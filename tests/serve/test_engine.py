@@ -117,6 +117,57 @@ def test_a_prompt_that_others_began_with_is_computed_from_where_they_differ() ->
     assert again.answers[3].cached_tokens == 40  # the last token is always computed
 
 
+def computed(world: World) -> dict[int, list[int]]:
+    """The lengths of each request's prompt chunks."""
+    chunks: dict[int, list[int]] = {}
+    for work in world.passes:
+        for row in work.prefill:
+            chunks.setdefault(row.id, []).append(len(row.tokens))
+    return chunks
+
+
+SHARING = {"page_tokens": 10, "pages": 40, "prefix_cache": True}
+
+
+def test_equal_prompts_that_come_at_once_are_computed_once() -> None:
+    asks = [Ask(prompt=50, length=5)] * 4
+    world = play(asks, config(**SHARING))
+    assert_lawful(world, asks)
+    assert computed(world) == {0: [50], 1: [10], 2: [10], 3: [10]}
+    assert [world.answers[i].cached_tokens for i in range(4)] == [0, 40, 40, 40]
+    assert world.answers[0].not_cached == "no prompt kept here begins with the same 10 tokens"
+    assert world.answers[3].not_cached is None
+
+
+def test_newcomers_wait_for_the_chunks_of_the_one_ahead_and_for_nobody_else() -> None:
+    asks = [Ask(prompt=50, length=9), Ask(prompt=48, length=5), Ask(prompt=12, length=5, family=8)]
+    world = play(asks, config(**SHARING, prefill_tokens=30))
+    assert_lawful(world, asks)
+    assert computed(world) == {0: [30, 20], 2: [10, 2], 1: [8]}
+    assert [world.answers[i].cached_tokens for i in range(3)] == [0, 40, 0]
+
+
+def test_who_waits_for_one_that_is_cancelled_computes_the_rest_itself() -> None:
+    asks = [Ask(prompt=90, length=9, cancel_at=1.5), Ask(prompt=90, length=5)]
+    world = play(asks, config(**SHARING, prefill_tokens=20))
+    assert_lawful(world, asks)
+    assert computed(world) == {0: [20, 20], 1: [20, 20, 10]}
+    assert world.answers[1].cached_tokens == 40
+
+
+def test_it_is_told_why_nothing_was_cached() -> None:
+    asks = [Ask(at=20.0 * i, prompt=40, length=2, limit=10, family=i % 3) for i in range(4)]
+    asks.append(Ask(at=80, prompt=10, length=2, limit=10))
+    tight = play(asks, config(page_tokens=10, pages=6, prefix_cache=True))
+    why = [tight.answers[i].not_cached for i in range(5)]
+    assert why[:3] == ["no prompt kept here begins with the same 10 tokens"] * 3
+    assert why[3:] == [
+        "the pages of its beginning were given to other requests meanwhile",
+        "pages of 10 tokens are shared, and the prompt goes beyond none",
+    ]
+    assert play(asks[:1], config()).answers[0].not_cached == "the prefix cache is off"
+
+
 def test_pages_that_are_kept_give_way_oldest_first() -> None:
     asks = [Ask(at=20.0 * i, prompt=40, length=2, limit=10, family=i % 3) for i in range(6)]
     roomy = play(asks, config(page_tokens=10, pages=20, prefix_cache=True))

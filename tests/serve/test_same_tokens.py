@@ -17,6 +17,7 @@ from stretto.models.load import Model, load_model  # noqa: E402
 from stretto.models.source import packaged_model  # noqa: E402
 from stretto.serve.engine import Engine  # noqa: E402
 from stretto.serve.local import LocalBackend  # noqa: E402
+from stretto.serve.logprobs import Logprob  # noqa: E402
 from stretto.serve.request import Request  # noqa: E402
 from stretto.serve.sampling import Sampling  # noqa: E402
 from stretto.serve.scheduler import Scheduler, SchedulerConfig  # noqa: E402
@@ -30,6 +31,8 @@ PROMPTS = [
     "A list of colours: red,",
 ]
 NEW = 24
+Said = tuple[tuple[int, ...], tuple[Logprob, ...] | None]
+"""The tokens of an answer and, of every other one, their logprobs."""
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +59,10 @@ def _two_threads() -> Iterator[None]:
 
 def texts(
     model: Model, order: list[int], settings: SchedulerConfig, *, drawn: bool = False, copies: int = 1
-) -> tuple[list[tuple[int, ...]], Scheduler]:
-    """The tokens of each prompt, submitted in this order, so many times over; and the scheduler at the end."""
+) -> tuple[list[Said], Scheduler]:
+    """What each prompt's answer says, submitted in this order, so many times over; and the scheduler at the end."""
 
-    async def main() -> tuple[list[tuple[int, ...]], Scheduler]:
+    async def main() -> tuple[list[Said], Scheduler]:
         clock = RealClock()
         backend = LocalBackend(model, pages=settings.pages, page_tokens=settings.page_tokens, clock=clock)
         scheduler = Scheduler(settings)
@@ -70,12 +73,15 @@ def texts(
                 sampling = Sampling(temperature=0.9, top_k=40, seed=i) if drawn else Sampling()
                 prompt = tuple(model.tokenizer.encode(PROMPTS[i]))
                 number = copy * len(PROMPTS) + i
-                handles[number] = engine.submit(Request(id=number, prompt=prompt, limit=NEW, sampling=sampling))
+                told = 2 if i % 2 else None
+                request = Request(id=number, prompt=prompt, limit=NEW, sampling=sampling, logprobs=told)
+                handles[number] = engine.submit(request)
         engine.close()
         await asyncio.wait_for(engine.run(), 60)
         cached = sum(handle.cached_tokens for handle in handles.values())
         assert (cached > 0) == settings.prefix_cache
-        return [handles[i].result().tokens for i in range(len(handles))], scheduler
+        found = [handles[i].result() for i in range(len(handles))]
+        return [(answer.tokens, answer.logprobs) for answer in found], scheduler
 
     return asyncio.run(main())
 

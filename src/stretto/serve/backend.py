@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from stretto.serve.logprobs import Logprob
 from stretto.serve.sampling import Sampling
 
 
@@ -24,6 +25,8 @@ class Row:
         table: the KV pages of the request, in order.
         sampling: how its next token is drawn; None if this chunk yields none.
         position: the position that the drawn token will have.
+        logprobs: how many alternatives to tell the logprobs of beside the drawn token's own; None for no logprobs.
+        mask: the tokens that may be drawn, a bit each, the lowest bit of a byte first; None for all.
     """
 
     id: int
@@ -32,6 +35,14 @@ class Row:
     table: tuple[int, ...]
     sampling: Sampling | None
     position: int
+    logprobs: int | None = None
+    mask: bytes | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the number of the largest logit is all that is wanted of this row."""
+        greedy = self.sampling is not None and self.sampling.greedy
+        return greedy and self.logprobs is None and self.mask is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +84,12 @@ class PassResult:
     Attributes:
         tokens: for each row that yields tokens, its new ids: one for each step taken.
         spans_s: start and finish of each step, on the engine's clock.
+        logprobs: for each row that asks for them, those of its new tokens.
     """
 
     tokens: Mapping[int, tuple[int, ...]]
     spans_s: tuple[tuple[float, float], ...]
+    logprobs: Mapping[int, tuple[Logprob, ...]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:

@@ -23,9 +23,11 @@ from stretto.models.load import PATHS, Model, load_model, open_model
 from stretto.models.packable import why_not_fused
 from stretto.models.spec import ModelSpec
 from stretto.serve.backend import Backend
-from stretto.serve.engine import Engine, Handle
+from stretto.serve.engine import Engine
+from stretto.serve.handle import Handle
 from stretto.serve.joining import JOININGS
 from stretto.serve.local import LocalBackend
+from stretto.serve.logprobs import MOST_ALTERNATIVES, Logprob
 from stretto.serve.plan import PAGE_TOKENS, WORKSPACE_BYTES
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
@@ -202,6 +204,7 @@ class Completion:
         reason: "stop", "length", "cancelled" or "failed".
         first_token_s: seconds from the request to its first token; None if there was none.
         seconds: from the request to its end.
+        logprobs: of each token, the ending one included; None if they were not asked for.
     """
 
     prompt: str
@@ -211,6 +214,7 @@ class Completion:
     reason: str
     first_token_s: float | None
     seconds: float
+    logprobs: tuple[Logprob, ...] | None = None
 
 
 class LLM:
@@ -245,6 +249,7 @@ class LLM:
         max_tokens: int = 128,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        logprobs: int | None = None,
     ) -> list[Completion]:
         """Continue each prompt; answers come in the order of the prompts.
 
@@ -254,13 +259,14 @@ class LLM:
             max_tokens: most new tokens of an answer.
             stop: strings before which an answer ends.
             ignore_eos: go on to `max_tokens` whatever the model says.
+            logprobs: how many alternatives to tell the logprobs of beside each token's own, 0 to 20; None for none.
 
         Raises:
             UserError: a prompt is empty, or does not fit into `max_model_len` together with its answer.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = [tuple(self.model.tokenizer.encode(text)) for text in texts]
-        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos)
+        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos, logprobs)
 
     def chat(
         self,
@@ -270,6 +276,7 @@ class LLM:
         max_tokens: int = 128,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        logprobs: int | None = None,
     ) -> list[Completion]:
         """Answer one conversation, or several at once, through the model's chat template; else as `generate`.
 
@@ -283,7 +290,7 @@ class LLM:
         conversations: Any = [messages] if one else messages
         texts = [self.model.tokenizer.chat(conversation) for conversation in conversations]
         encoded = [tuple(self.model.tokenizer.encode(text, special=False)) for text in texts]
-        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos)
+        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos, logprobs)
 
     def _answers(
         self,
@@ -293,9 +300,12 @@ class LLM:
         max_tokens: int,
         stop: tuple[str, ...],
         ignore_eos: bool,
+        logprobs: int | None,
     ) -> list[Completion]:
         require(max_tokens >= 1, "max_tokens", max_tokens, ">= 1")
         require(all(stop), "stop", stop, "strings that are not empty")
+        able = logprobs is None or 0 <= logprobs <= MOST_ALTERNATIVES
+        require(able, "logprobs", logprobs, f"in 0 .. {MOST_ALTERNATIVES}, or None")
         longest = self.settings.longest(self.model.spec)
         for number, prompt in enumerate(encoded):
             if not prompt:
@@ -315,6 +325,7 @@ class LLM:
                 sampling=replace(how, seed=how.seed + number),
                 stop_tokens=frozenset() if ignore_eos else self.model.tokenizer.eos_ids,
                 stop=stop,
+                logprobs=logprobs,
             )
             for number, prompt in enumerate(encoded)
         ]
@@ -328,6 +339,7 @@ class LLM:
                 reason=answer.reason,
                 first_token_s=None if answer.first_token_s is None else answer.first_token_s - answer.arrived_s,
                 seconds=answer.latency_s,
+                logprobs=answer.logprobs,
             )
             for text, request, answer in zip(texts, requests, answers, strict=True)
         ]

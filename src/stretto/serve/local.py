@@ -12,7 +12,7 @@ from stretto.core.clock import RealClock
 from stretto.models.batching import Segment
 from stretto.models.thread import submit
 from stretto.serve.backend import Pass, PassResult, Row
-from stretto.serve.sampling import sample
+from stretto.serve.choosing import choose
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +47,8 @@ class LocalBackend:
         rows = (*work.prefill, *work.decode)
         logits = forward_rows(self._model, self._cache, rows, holes=work.holes)
         drawn = [row for row in rows if row.sampling is not None]
-        how = [row.sampling for row in drawn if row.sampling is not None]
-        tokens = sample(logits.numpy(), how, [row.position for row in drawn]) if drawn else []
-        found = {row.id: (token,) for row, token in zip(drawn, tokens, strict=True)}
-        return PassResult(tokens=found, spans_s=((start, self._clock.now),))
+        tokens, logprobs = choose(logits.numpy(), drawn)
+        return PassResult(tokens=tokens, spans_s=((start, self._clock.now),), logprobs=logprobs)
 
     def move(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Copy the keys and values of whole slots, one after another: (from, to, positions)."""

@@ -169,7 +169,7 @@ class RemoteBackend:
             raise BackendCrash(f"the ranks disagree about the KV pages: {', '.join(one.slots for one in ran)}")
         zero = time.monotonic() - self._clock.now
         start, finish = min(one.span[0] for one in ran), max(one.span[1] for one in ran)
-        return PassResult(tokens=ran[0].tokens, spans_s=((start - zero, finish - zero),))
+        return PassResult(tokens=ran[0].tokens, spans_s=((start - zero, finish - zero),), logprobs=ran[0].logprobs)
 
     def _kill(self) -> None:
         """End the workers now; `_bury` waits until they are gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stretto.serve.logprobs import MOST_ALTERNATIVES, Logprob
 from stretto.serve.sampling import Sampling
 
 
@@ -17,6 +18,7 @@ class Request:
         limit: most new tokens, at least one.
         stop_tokens: token ids that end the answer (they are not part of its text).
         stop: strings that end the answer (likewise).
+        logprobs: how many alternatives to tell the logprobs of beside each token's own, 0 to 20; None for no logprobs.
     """
 
     id: int
@@ -25,12 +27,17 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError(f"request {self.id}: the prompt is empty; it must hold at least one token")
         if self.limit < 1:
             raise ValueError(f"request {self.id}: limit is {self.limit}; it must be >= 1")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_ALTERNATIVES:
+            raise ValueError(
+                f"request {self.id}: logprobs is {self.logprobs}; it must be in 0 .. {MOST_ALTERNATIVES}, or None"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,9 @@ class Answer:
         arrived_s, first_token_s, finished_s: instants on the engine's clock; first_token_s is None if there was none.
         token_times_s: the instant of each token.
         cached_tokens: tokens of the prompt whose keys and values were there already.
+        not_cached: why there were none.
+        logprobs: of each token, the ending one included; None if they were not asked for.
+        offsets: with logprobs, for each token the characters of text before it.
     """
 
     id: int
@@ -55,6 +65,9 @@ class Answer:
     finished_s: float
     token_times_s: tuple[float, ...] = ()
     cached_tokens: int = 0
+    not_cached: str | None = None
+    logprobs: tuple[Logprob, ...] | None = None
+    offsets: tuple[int, ...] = ()
 
     @property
     def latency_s(self) -> float:

@@ -281,10 +281,13 @@ class Scheduler:
         """Prompt chunks in order of joining, within the step's budget of prompt tokens and the free pages."""
         budget = self.config.prefill_tokens
         chunks = []
+        coming: set[str] = set()
         for request in self.running:
             if request.decoding or not budget:
                 continue
             if not request.computed and request.prefix and not self.pool.table(request.id):
+                if self._sees_coming(request, coming):
+                    continue
                 self._share(request, grown)
             left = request.length - request.computed
             count = min(left, budget)
@@ -295,15 +298,24 @@ class Scheduler:
                 break
             self._allocate(request, request.computed + count, grown)
             chunks.append(Chunk(id=request.id, start=request.computed, count=count, last=count == left))
+            coming.update(request.prefix[request.computed // self.config.page_tokens :])
             budget -= count
         return tuple(chunks)
 
+    def _sees_coming(self, request: _Request, coming: set[str]) -> bool:
+        """Whether the first page that a newcomer lacks is being computed by one ahead of it, for which it waits."""
+        lacking = (content for content in self._sharable(request) if not self.pool.knows(content))
+        return next(lacking, None) in coming
+
+    def _sharable(self, request: _Request) -> tuple[str, ...]:
+        """The pages that it may take over: its last token is always its own, since something must be computed."""
+        return request.prefix[: (request.length - 1) // self.config.page_tokens]
+
     def _share(self, request: _Request, grown: dict[int, tuple[int, ...]]) -> None:
-        """Let a newcomer start behind what others have computed of the same text; its last token is always its own."""
-        page = self.config.page_tokens
-        found = self.pool.adopt(request.id, request.prefix[: (request.length - 1) // page])
+        """Let a newcomer start behind what others have computed of the same text."""
+        found = self.pool.adopt(request.id, self._sharable(request))
         if found:
-            request.computed = len(found) * page
+            request.computed = len(found) * self.config.page_tokens
             grown[request.id] = found
 
     def _close_holes(self) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[int, int] | None]:

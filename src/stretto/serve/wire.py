@@ -5,20 +5,23 @@ question has one answer, in order:
 
 - `{"set_up": {...}}`, the fields of `SetUp`: `{"ready": true}`, or `{"error": "..."}` in words for the user.
 - `{"run": {...}}`, a pass: `{"tokens": [[request, [token, ...]], ...], "span": [start, finish], "slots": "..."}` with
-  instants of `time.monotonic()` and the digest of `SlotMap`; only rank 0 has tokens.
+  instants of `time.monotonic()` and the digest of `SlotMap`; only rank 0 has tokens. Beside them, for rows that ask,
+  `"logprobs": [[request, [[token, logprob, [[token, logprob], ...]], ...]], ...]`.
 - `{"quit": true}`, or the end of the input: no answer, the worker ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
 from stretto.core.errors import require
 from stretto.serve.backend import Pass, Row
+from stretto.serve.logprobs import Logprob
 from stretto.serve.sampling import Sampling
 
 MAX_FRAME_BYTES = 64 * 2**20
@@ -74,14 +77,17 @@ class Ran:
         tokens: the tokens drawn, by request.
         span: start and finish, of `time.monotonic()`.
         slots: what this rank believes to be in its pages, as a digest.
+        logprobs: those that were asked for, by request.
     """
 
     tokens: Mapping[int, tuple[int, ...]]
     span: tuple[float, float]
     slots: str
+    logprobs: Mapping[int, tuple[Logprob, ...]] = field(default_factory=dict)
 
     def to_json(self) -> Frame:
-        return {"tokens": list(self.tokens.items()), "span": self.span, "slots": self.slots}
+        logprobs = [(i, [(one.token, one.logprob, one.top) for one in found]) for i, found in self.logprobs.items()]
+        return {"tokens": list(self.tokens.items()), "span": self.span, "slots": self.slots, "logprobs": logprobs}
 
     @classmethod
     def from_json(cls, answer: Mapping[str, Any]) -> Ran:
@@ -89,9 +95,17 @@ class Ran:
         try:
             tokens = {int(request): tuple(int(token) for token in drawn) for request, drawn in answer["tokens"]}
             start, finish = answer["span"]
-            return cls(tokens=tokens, span=(float(start), float(finish)), slots=str(answer["slots"]))
+            logprobs = {int(i): tuple(_logprob(one) for one in found) for i, found in answer.get("logprobs", ())}
+            if any(len(found) != len(tokens[i]) for i, found in logprobs.items()):
+                raise ValueError("tokens and logprobs differ in number")
+            return cls(tokens=tokens, span=(float(start), float(finish)), slots=str(answer["slots"]), logprobs=logprobs)
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"no answer to a pass: {str(answer)[:200]}") from None
+
+
+def _logprob(fields: Sequence[Any]) -> Logprob:
+    token, logprob, top = fields
+    return Logprob(token=int(token), logprob=float(logprob), top=tuple((int(t), float(p)) for t, p in top))
 
 
 def pass_to_json(work: Pass) -> Frame:
@@ -123,6 +137,8 @@ def _row_to_json(row: Row) -> Frame:
         "table": row.table,
         "sampling": None if row.sampling is None else asdict(row.sampling),
         "position": row.position,
+        "logprobs": row.logprobs,
+        "mask": None if row.mask is None else base64.b64encode(row.mask).decode("ascii"),
     }
 
 
@@ -134,6 +150,8 @@ def _row_from_json(fields: Mapping[str, Any]) -> Row:
         table=tuple(fields["table"]),
         sampling=None if fields["sampling"] is None else Sampling(**fields["sampling"]),
         position=fields["position"],
+        logprobs=fields["logprobs"],
+        mask=None if fields["mask"] is None else base64.b64decode(fields["mask"]),
     )
 
 

@@ -88,7 +88,9 @@ class Worker:
         result = self._backend.compute(work)
         span = (start, time.monotonic())
         self._slots.note(work)
-        return Ran(tokens=result.tokens if self._draws else {}, span=span, slots=self._slots.digest)
+        if not self._draws:
+            return Ran(tokens={}, span=span, slots=self._slots.digest)
+        return Ran(tokens=result.tokens, span=span, slots=self._slots.digest, logprobs=result.logprobs)
 
 
 class Desk:

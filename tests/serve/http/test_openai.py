@@ -79,6 +79,15 @@ def test_responses(client: Any) -> None:
         assert text == stream.get_final_response().output_text == answer.output_text
 
 
+def test_logprobs(client: Any) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_completion_tokens": 8}
+    [choice] = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3).choices
+    assert "".join(item.token for item in choice.logprobs.content) == choice.message.content
+    assert all(item.top_logprobs[0].token == item.token for item in choice.logprobs.content)
+    answer = client.completions.create(model=MODEL, prompt="The capital of France is", max_tokens=4, logprobs=2)
+    assert len(answer.choices[0].logprobs.tokens) == len(answer.choices[0].logprobs.top_logprobs) <= 4
+
+
 def test_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
@@ -93,7 +102,7 @@ def test_errors_become_the_clients_own(client: Any, server: Running) -> None:
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     with pytest.raises(openai.BadRequestError, match="not supported yet"):
-        client.chat.completions.create(model=MODEL, messages=QUESTION, logprobs=True)
+        client.chat.completions.create(model=MODEL, messages=QUESTION, presence_penalty=0.5)
 
 
 def test_who_closes_a_stream_frees_its_slot(client: Any, server: Running) -> None:

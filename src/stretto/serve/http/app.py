@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from stretto.serve.http.answering import Stream, Whole
 from stretto.serve.http.body import BoundedRoute
 from stretto.serve.http.errors import ApiError, error_response, invalid
+from stretto.serve.http.logprobs import Speller
 from stretto.serve.http.metrics import CONTENT_TYPE
 from stretto.serve.http.middleware import Around, note_of
 from stretto.serve.http.replies import ChatReply, CompletionReply, Reply, ResponsesReply
@@ -113,6 +114,7 @@ async def chat_completions(body: ChatRequest, request: Request, service: Here) -
         prompts=1,
         choices=choices,
         include_usage=_wants_usage(body.stream_options),
+        speller=_speller(service, ask),
     )
     return _answer(request, service, ask, reply, stream=body.stream)
 
@@ -134,6 +136,7 @@ async def completions(body: CompletionRequest, request: Request, service: Here) 
         prompts=len(prompts),
         choices=len(prompts) * choices,
         include_usage=_wants_usage(body.stream_options),
+        speller=_speller(service, ask),
     )
     return _answer(request, service, ask, reply, stream=body.stream)
 
@@ -155,6 +158,7 @@ async def responses(body: ResponsesRequest, request: Request, service: Here) -> 
             "temperature": ask.sampling.temperature,
             "top_p": ask.sampling.top_p,
         },
+        speller=_speller(service, ask),
     )
     return _answer(request, service, ask, reply, stream=body.stream)
 
@@ -179,7 +183,12 @@ def _ask(body: Generation, prompts: Sequence[tuple[int, ...]], *, choices: int, 
         sampling=body.sampling(),
         stop=body.stops(),
         ignore_eos=bool(body.ignore_eos),
+        logprobs=body.alternatives,
     )
+
+
+def _speller(service: Service, ask: Ask) -> Speller | None:
+    return None if ask.logprobs is None else service.speller
 
 
 def _wants_usage(options: StreamOptions | None) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from stretto.serve.engine import Handle
+from stretto.serve.handle import Handle
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

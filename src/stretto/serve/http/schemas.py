@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stretto.serve.http.errors import ApiError
+from stretto.serve.logprobs import MOST_ALTERNATIVES
 from stretto.serve.sampling import Sampling
 
 MOST_CHOICES = 128
@@ -24,6 +25,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 SOME = Field(max_length=MOST_CHOICES, fail_fast=True)
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 """Lists stop at their first mistake: a body of a million wrong items must not cost a million messages."""
+Alternatives = Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 _OFF: tuple[Any, ...] = (None, False, 0)
@@ -128,6 +130,11 @@ class Generation(BaseModel):
             seed=secrets.randbits(63) if self.seed is None else self.seed,
         )
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to tell the logprobs of; None for no logprobs."""
+        return None
+
     def stops(self) -> tuple[str, ...]:
         """Strings before which an answer ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -138,8 +145,6 @@ class ChatRequest(Generation):
 
     neutral: ClassVar[Neutral] = {
         **Generation.neutral,
-        "logprobs": _OFF,
-        "top_logprobs": _OFF,
         "tools": _NONE,
         "tool_choice": (None, "none", "auto"),
         "functions": _NONE,
@@ -155,11 +160,24 @@ class ChatRequest(Generation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs: send logprobs: true with it", param="top_logprobs", code="invalid_value")
+        return self
 
     @property
     def limit(self) -> int | None:
         """Most new tokens; None: as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to tell the logprobs of; None for no logprobs."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(Generation):
@@ -167,7 +185,6 @@ class CompletionRequest(Generation):
 
     neutral: ClassVar[Neutral] = {
         **Generation.neutral,
-        "logprobs": (None,),
         "echo": _OFF,
         "suffix": (None, ""),
         "best_of": (None, 1),
@@ -177,11 +194,17 @@ class CompletionRequest(Generation):
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
     def limit(self) -> int | None:
         """Most new tokens; None: as many as fit."""
         return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to tell the logprobs of; None for no logprobs."""
+        return self.logprobs
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Each prompt, as text or as token ids."""
@@ -202,17 +225,22 @@ class ResponsesRequest(Generation):
         "background": _OFF,
         "tools": _NONE,
         "tool_choice": (None, "none", "auto"),
-        "include": _NONE,
         "reasoning": _NONE,
         "prompt": (None,),
         "text": (None, {}, {"format": {"type": "text"}}),
         "truncation": (None, "disabled"),
-        "top_logprobs": _OFF,
     }
 
     input: str | Conversation
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
+    top_logprobs: Alternatives | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to tell the logprobs of; None for no logprobs."""
+        return (self.top_logprobs or 0) if self.include or self.top_logprobs else None
 
     def messages(self) -> list[Message]:
         """The conversation, its instructions first."""

@@ -19,8 +19,10 @@ from stretto.core.errors import UserError
 from stretto.models.load import Model
 from stretto.models.tokenizer import Tokenizer
 from stretto.serve.backend import Backend
-from stretto.serve.engine import Engine, Handle
+from stretto.serve.engine import Engine
+from stretto.serve.handle import Handle
 from stretto.serve.http.errors import ApiError
+from stretto.serve.http.logprobs import Speller
 from stretto.serve.http.meter import Meter
 from stretto.serve.http.metrics import Metrics
 from stretto.serve.http.schemas import MOST_CHOICES, Message
@@ -51,6 +53,7 @@ class Ask:
         prompts: token ids of each prompt.
         choices: answers to each prompt; answer i of a prompt uses seed + i.
         limit: most new tokens; None: as many as fit.
+        logprobs: how many alternatives to tell the logprobs of; None for no logprobs.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -59,6 +62,7 @@ class Ask:
     sampling: Sampling
     stop: tuple[str, ...]
     ignore_eos: bool
+    logprobs: int | None = None
 
 
 class Service:
@@ -94,6 +98,7 @@ class Service:
         self._failure: str | None = "the engine has not started"
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics = Metrics(settings.model_name)
+        self.speller = Speller(model.tokenizer)
 
     # Life.
 
@@ -329,7 +334,15 @@ class Service:
         number = self._next_number
         self._next_number += 1
         ends = frozenset[int]() if ask.ignore_eos else self.tokenizer.eos_ids
-        request = Request(id=number, prompt=prompt, limit=limit, sampling=sampling, stop_tokens=ends, stop=ask.stop)
+        request = Request(
+            id=number,
+            prompt=prompt,
+            limit=limit,
+            sampling=sampling,
+            stop_tokens=ends,
+            stop=ask.stop,
+            logprobs=ask.logprobs,
+        )
         handle = self.engine.submit(request, AnswerText(self.tokenizer, ask.stop))
         self._handles[handle] = asyncio.create_task(self._watch(handle))
         return handle
