@@ -246,6 +246,7 @@ class Engine:
             sampling=handle.request.sampling if last else None,
             position=start + count,
             logprobs=handle.request.logprobs if last else None,
+            mask=handle.mask if last else None,
         )
 
     def _decode_row(self, request: int) -> Row:
@@ -259,6 +260,7 @@ class Engine:
             sampling=handle.request.sampling,
             position=position,
             logprobs=handle.request.logprobs,
+            mask=handle.mask,
         )
 
     async def _carry_out(self, work: Pass, steps: int) -> None:
@@ -282,6 +284,8 @@ class Engine:
             self._lost()
 
     async def _ask(self, work: Pass, steps: int) -> PassResult | None:
+        if any(row.mask is not None for row in work.decode):
+            steps = 1  # the next mask follows from this step's token
         try:
             if self._timeout_s is None:
                 return await self.backend.run(work, steps, self._news)

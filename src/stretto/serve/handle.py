@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from stretto.serve.constraint import Constraint
 from stretto.serve.logprobs import Logprob
 from stretto.serve.request import Answer, Request
 
@@ -52,6 +53,7 @@ class Handle:
     Attributes:
         logprobs: of each token, where the request asks for them.
         offsets: for each of these, the characters of text before it.
+        constraint: where it stands in its grammar, if it has one.
         not_cached: why no token of its prompt was found in the prefix cache; None if some were, or nobody looked yet.
     """
 
@@ -67,7 +69,12 @@ class Handle:
     not_cached: str | None = None
     reason: str | None = None
     finished_s: float = 0.0
+    constraint: Constraint | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        if self.request.grammar is not None:
+            self.constraint = self.request.grammar.start()
 
     async def answer(self) -> Answer:
         """Wait for the end and return what came of it."""
@@ -111,6 +118,11 @@ class Handle:
         first, last = bisect_left(self.offsets, start), bisect_left(self.offsets, end)
         return list(zip(self.offsets[first:last], self.logprobs[first:last], strict=True))
 
+    @property
+    def mask(self) -> bytes | None:
+        """The tokens that may come next; None for all."""
+        return None if self.constraint is None else self.constraint.mask
+
     def take(self, token: int, at: float, logprob: Logprob | None = None) -> bool:
         """Add a token that came at `at`; true if the answer is complete."""
         self.tokens.append(token)
@@ -120,6 +132,8 @@ class Handle:
             self.offsets.append(self.stream.length)
         if token in self.request.stop_tokens or self.stream.push(token):
             self.end("stop", at)
+        elif self.constraint is not None and (reason := self.constraint.accept(token)) is not None:
+            self.end(reason, at)
         elif len(self.tokens) >= self.request.limit:
             self.end("length", at)
         self._changed.set()

@@ -24,6 +24,7 @@ from stretto.models.packable import why_not_fused
 from stretto.models.spec import ModelSpec
 from stretto.serve.backend import Backend
 from stretto.serve.engine import Engine
+from stretto.serve.grammar import Grammars, GrammarSource
 from stretto.serve.handle import Handle
 from stretto.serve.joining import JOININGS
 from stretto.serve.local import LocalBackend
@@ -201,7 +202,7 @@ class Completion:
         prompt_tokens: its length in tokens.
         text: of the answer.
         tokens: of the answer, the ending one included.
-        reason: "stop", "length", "cancelled" or "failed".
+        reason: "stop", "length", "cancelled", "failed" or "grammar", as in `Answer`.
         first_token_s: seconds from the request to its first token; None if there was none.
         seconds: from the request to its end.
         logprobs: of each token, the ending one included; None if they were not asked for.
@@ -240,6 +241,7 @@ class LLM:
         self.model = load(self.settings)
         self._clock = RealClock()
         self._backend = new_backend(self.model, self.settings, self._clock)
+        self._grammars = Grammars(self.model.tokenizer, self.model.spec.vocab)
 
     def generate(
         self,
@@ -250,6 +252,8 @@ class LLM:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
     ) -> list[Completion]:
         """Continue each prompt; answers come in the order of the prompts.
 
@@ -260,13 +264,19 @@ class LLM:
             stop: strings before which an answer ends.
             ignore_eos: go on to `max_tokens` whatever the model says.
             logprobs: how many alternatives to tell the logprobs of beside each token's own, 0 to 20; None for none.
+            json_schema: every answer is JSON that fits this schema, on one line; an answer that reaches `max_tokens` is
+                the beginning of one.
+            regex: every answer fits this regular expression as a whole, likewise.
 
         Raises:
-            UserError: a prompt is empty, or does not fit into `max_model_len` together with its answer.
+            UserError: a prompt is empty, or does not fit into `max_model_len` together with its answer; a schema or a
+                regular expression cannot be followed.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = [tuple(self.model.tokenizer.encode(text)) for text in texts]
-        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos, logprobs)
+        return self._answers(
+            texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos, logprobs, _source(json_schema, regex)
+        )
 
     def chat(
         self,
@@ -277,6 +287,8 @@ class LLM:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
     ) -> list[Completion]:
         """Answer one conversation, or several at once, through the model's chat template; else as `generate`.
 
@@ -290,7 +302,9 @@ class LLM:
         conversations: Any = [messages] if one else messages
         texts = [self.model.tokenizer.chat(conversation) for conversation in conversations]
         encoded = [tuple(self.model.tokenizer.encode(text, special=False)) for text in texts]
-        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos, logprobs)
+        return self._answers(
+            texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos, logprobs, _source(json_schema, regex)
+        )
 
     def _answers(
         self,
@@ -301,6 +315,7 @@ class LLM:
         stop: tuple[str, ...],
         ignore_eos: bool,
         logprobs: int | None,
+        source: GrammarSource | None,
     ) -> list[Completion]:
         require(max_tokens >= 1, "max_tokens", max_tokens, ">= 1")
         require(all(stop), "stop", stop, "strings that are not empty")
@@ -317,6 +332,7 @@ class LLM:
                     right="shorten it, lower max_tokens or raise max_model_len",
                 )
         how = sampling or Sampling()
+        grammar = None if source is None else self._grammars.compile(source)
         requests = [
             Request(
                 id=number,
@@ -326,6 +342,7 @@ class LLM:
                 stop_tokens=frozenset() if ignore_eos else self.model.tokenizer.eos_ids,
                 stop=stop,
                 logprobs=logprobs,
+                grammar=grammar,
             )
             for number, prompt in enumerate(encoded)
         ]
@@ -352,6 +369,14 @@ class LLM:
         engine.close()
         await engine.run()
         return [handle.result() for handle in handles]
+
+
+def _source(json_schema: Mapping[str, Any] | str | None, regex: str | None) -> GrammarSource | None:
+    if json_schema is not None and regex is not None:
+        raise UserError("an answer has one form", field="regex", right="ask for a schema or for a regular expression")
+    if json_schema is not None:
+        return GrammarSource.json_schema(json_schema)
+    return None if regex is None else GrammarSource(kind="regex", text=regex)
 
 
 def _run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:

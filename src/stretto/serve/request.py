@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stretto.serve.constraint import Grammar
 from stretto.serve.logprobs import MOST_ALTERNATIVES, Logprob
 from stretto.serve.sampling import Sampling
 
@@ -19,6 +20,7 @@ class Request:
         stop_tokens: token ids that end the answer (they are not part of its text).
         stop: strings that end the answer (likewise).
         logprobs: how many alternatives to tell the logprobs of beside each token's own, 0 to 20; None for no logprobs.
+        grammar: what the answer's text must look like; None for anything.
     """
 
     id: int
@@ -28,6 +30,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -47,7 +50,8 @@ class Answer:
     Attributes:
         tokens: new token ids, the ending one included.
         text: the text of the answer.
-        reason: why it ended: "stop", "length", "cancelled" or "failed".
+        reason: why it ended: "stop", "length", "cancelled" or "failed"; "grammar" if its grammar could not be followed
+            further.
         arrived_s, first_token_s, finished_s: instants on the engine's clock; first_token_s is None if there was none.
         token_times_s: the instant of each token.
         cached_tokens: tokens of the prompt whose keys and values were there already.

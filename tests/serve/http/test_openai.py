@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,18 @@ def test_responses(client: Any) -> None:
     with client.responses.stream(**asked, instructions="You answer questions.") as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
         assert text == stream.get_final_response().output_text == answer.output_text
+
+
+def test_structured_outputs(client: Any) -> None:
+    properties = {"city": {"type": "string", "maxLength": 20}, "large": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
+    asked: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_completion_tokens": 40}
+    answer = client.chat.completions.create(**asked, response_format=form)
+    assert set(json.loads(answer.choices[0].message.content)) == {"city", "large"}
+    text = {"format": {"type": "json_schema", "name": "city", "schema": schema}}
+    said = client.responses.create(model=MODEL, input="Name a city.", max_output_tokens=40, text=text)
+    assert set(json.loads(said.output_text)) == {"city", "large"}
 
 
 def test_logprobs(client: Any) -> None:

@@ -105,7 +105,7 @@ async def chat_completions(body: ChatRequest, request: Request, service: Here) -
     choices = body.n or 1
     _begin(service, body, choices)
     prompt = await service.encode_chat(body.messages)
-    ask = _ask(body, [prompt], choices=choices, limit=body.limit)
+    ask = await _ask(service, body, [prompt], choices=choices, limit=body.limit)
     reply = ChatReply(
         name=f"chatcmpl-{secrets.token_hex(12)}",
         model=service.settings.model_name,
@@ -127,7 +127,7 @@ async def completions(body: CompletionRequest, request: Request, service: Here) 
         raise ApiError(400, "prompt: there is none in the list", param="prompt", code="invalid_value")
     _begin(service, body, len(given) * choices)
     prompts = [await service.encode(p) if isinstance(p, str) else tuple(p) for p in given]
-    ask = _ask(body, prompts, choices=choices, limit=body.limit)
+    ask = await _ask(service, body, prompts, choices=choices, limit=body.limit)
     reply = CompletionReply(
         name=f"cmpl-{secrets.token_hex(12)}",
         model=service.settings.model_name,
@@ -146,7 +146,7 @@ async def responses(body: ResponsesRequest, request: Request, service: Here) -> 
     """Answer a conversation, in the form of the Responses API; nothing is stored."""
     _begin(service, body, 1)
     prompt = await service.encode_chat(body.messages())
-    ask = _ask(body, [prompt], choices=1, limit=body.max_output_tokens)
+    ask = await _ask(service, body, [prompt], choices=1, limit=body.max_output_tokens)
     reply = ResponsesReply(
         name=secrets.token_hex(12),
         model=service.settings.model_name,
@@ -157,6 +157,7 @@ async def responses(body: ResponsesRequest, request: Request, service: Here) -> 
             "max_output_tokens": body.max_output_tokens,
             "temperature": ask.sampling.temperature,
             "top_p": ask.sampling.top_p,
+            "text": {"format": {"type": "text"}} if body.text is None else body.text.model_dump(by_alias=True),
         },
         speller=_speller(service, ask),
     )
@@ -175,7 +176,9 @@ def _check_model(service: Service, name: str | None) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _ask(body: Generation, prompts: Sequence[tuple[int, ...]], *, choices: int, limit: int | None) -> Ask:
+async def _ask(
+    service: Service, body: Generation, prompts: Sequence[tuple[int, ...]], *, choices: int, limit: int | None
+) -> Ask:
     return Ask(
         prompts=tuple(prompts),
         choices=choices,
@@ -184,6 +187,7 @@ def _ask(body: Generation, prompts: Sequence[tuple[int, ...]], *, choices: int, 
         stop=body.stops(),
         ignore_eos=bool(body.ignore_eos),
         logprobs=body.alternatives,
+        grammar=await service.compiler.grammar(body.wanted()),
     )
 
 

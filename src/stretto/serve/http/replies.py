@@ -221,7 +221,6 @@ class ResponsesReply:
             "tool_choice": "none",
             "tools": [],
             "truncation": "disabled",
-            "text": {"format": {"type": "text"}},
             **echoed,
         }
         self._sequence = 0

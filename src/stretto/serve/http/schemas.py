@@ -12,6 +12,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stretto.serve.http.errors import ApiError
+from stretto.serve.http.structured import (
+    Choices,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    TextOptions,
+    Wanted,
+    sources,
+    the_only,
+)
 from stretto.serve.logprobs import MOST_ALTERNATIVES
 from stretto.serve.sampling import Sampling
 
@@ -83,12 +93,6 @@ class Generation(BaseModel):
         "bad_words": _NONE,
         "allowed_token_ids": _NONE,
         "logits_processors": _NONE,
-        "structured_outputs": _NONE,
-        "guided_json": _NONE,
-        "guided_regex": _NONE,
-        "guided_choice": _NONE,
-        "guided_grammar": _NONE,
-        "response_format": (None, {"type": "text"}),
         "continue_final_message": _OFF,
         "chat_template": (None,),
         "chat_template_kwargs": _NONE,
@@ -105,6 +109,11 @@ class Generation(BaseModel):
     stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Generation:
@@ -135,6 +144,23 @@ class Generation(BaseModel):
         """How many alternatives to tell the logprobs of; None for no logprobs."""
         return None
 
+    def format(self) -> Wanted | None:
+        """What OpenAI's own field says of the answer's form."""
+        return None
+
+    def wanted(self) -> Wanted | None:
+        """What the answer must look like, and which field says so.
+
+        Raises:
+            ApiError: two fields do.
+        """
+        formatted = self.format()
+        found = [] if formatted is None else [formatted]
+        if self.structured_outputs is not None:
+            found += self.structured_outputs.wanted()
+        guided = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+        return the_only(found + sources("guided_", *guided))
+
     def stops(self) -> tuple[str, ...]:
         """Strings before which an answer ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -162,6 +188,7 @@ class ChatRequest(Generation):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatRequest:
@@ -179,6 +206,9 @@ class ChatRequest(Generation):
         """How many alternatives to tell the logprobs of; None for no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def format(self) -> Wanted | None:
+        return None if self.response_format is None else self.response_format.wanted()
+
 
 class CompletionRequest(Generation):
     """POST /v1/completions."""
@@ -195,6 +225,7 @@ class CompletionRequest(Generation):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def limit(self) -> int | None:
@@ -205,6 +236,9 @@ class CompletionRequest(Generation):
     def alternatives(self) -> int | None:
         """How many alternatives to tell the logprobs of; None for no logprobs."""
         return self.logprobs
+
+    def format(self) -> Wanted | None:
+        return None if self.response_format is None else self.response_format.wanted()
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Each prompt, as text or as token ids."""
@@ -227,7 +261,6 @@ class ResponsesRequest(Generation):
         "tool_choice": (None, "none", "auto"),
         "reasoning": _NONE,
         "prompt": (None,),
-        "text": (None, {}, {"format": {"type": "text"}}),
         "truncation": (None, "disabled"),
     }
 
@@ -236,11 +269,15 @@ class ResponsesRequest(Generation):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
     top_logprobs: Alternatives | None = None
+    text: TextOptions | None = None
 
     @property
     def alternatives(self) -> int | None:
         """How many alternatives to tell the logprobs of; None for no logprobs."""
         return (self.top_logprobs or 0) if self.include or self.top_logprobs else None
+
+    def format(self) -> Wanted | None:
+        return None if self.text is None else self.text.wanted()
 
     def messages(self) -> list[Message]:
         """The conversation, its instructions first."""

@@ -19,8 +19,11 @@ from stretto.core.errors import UserError
 from stretto.models.load import Model
 from stretto.models.tokenizer import Tokenizer
 from stretto.serve.backend import Backend
+from stretto.serve.constraint import Grammar
 from stretto.serve.engine import Engine
+from stretto.serve.grammar import Grammars
 from stretto.serve.handle import Handle
+from stretto.serve.http.compiling import Compiler
 from stretto.serve.http.errors import ApiError
 from stretto.serve.http.logprobs import Speller
 from stretto.serve.http.meter import Meter
@@ -54,6 +57,7 @@ class Ask:
         choices: answers to each prompt; answer i of a prompt uses seed + i.
         limit: most new tokens; None: as many as fit.
         logprobs: how many alternatives to tell the logprobs of; None for no logprobs.
+        grammar: what the answers must look like; None for anything.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -63,6 +67,7 @@ class Ask:
     stop: tuple[str, ...]
     ignore_eos: bool
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class Service:
@@ -99,6 +104,7 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics = Metrics(settings.model_name)
         self.speller = Speller(model.tokenizer)
+        self.compiler = Compiler(Grammars(model.tokenizer, model.spec.vocab))
 
     # Life.
 
@@ -125,6 +131,7 @@ class Service:
         await asyncio.wait([engine], timeout=self.settings.stall_seconds)
         report.cancel()
         engine.cancel()
+        self.compiler.close()
 
     async def drain(self) -> None:
         """Take no more requests; return when the live ones are done, or are cancelled after `drain_seconds`."""
@@ -342,6 +349,7 @@ class Service:
             stop_tokens=ends,
             stop=ask.stop,
             logprobs=ask.logprobs,
+            grammar=ask.grammar,
         )
         handle = self.engine.submit(request, AnswerText(self.tokenizer, ask.stop))
         self._handles[handle] = asyncio.create_task(self._watch(handle))
