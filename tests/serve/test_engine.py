@@ -28,11 +28,14 @@ def assert_lawful(world: World, asks: list[Ask]) -> None:
         if answer.reason in ("stop", "length"):
             assert len(answer.tokens) == min(ask.length, ask.limit)
         else:
-            assert answer.reason == "cancelled"
+            assert answer.reason == ("cancelled" if ask.deadline is None else "deadline")
             assert len(answer.tokens) < min(ask.length, ask.limit)
+        if answer.reason == "deadline":
+            assert answer.latency_s >= (ask.deadline or 0.0)
         assert list(answer.token_times_s) == sorted(answer.token_times_s)
-    world.scheduler.pool.audit()
+    world.scheduler.audit()
     assert world.scheduler.pool.held == 0
+    assert world.scheduler.spare is None or world.scheduler.spare.held == 0
     assert not world.scheduler.running
     assert not world.scheduler.waiting
     assert world.trace.overlaps() == []
@@ -212,7 +215,9 @@ asks_strategy = st.lists(
         limit=st.integers(1, 40),
         cancel_at=st.none() | st.floats(30, 60),
         family=st.integers(1, 2),
-    ),
+        priority=st.integers(-1, 1),
+    )
+    | st.builds(Ask, at=st.floats(0, 30), prompt=st.integers(1, 60), limit=st.just(40), deadline=st.floats(0.1, 40)),
     min_size=1,
     max_size=12,
 )
@@ -224,6 +229,7 @@ asks_strategy = st.lists(
     joining=st.sampled_from(sorted(JOININGS)),
     reorder=st.sampled_from([None, None, None, "eager", "threshold", "never"]),
     prefix_cache=st.booleans(),
+    spare_pages=st.integers(0, 30),
     slots=st.integers(1, 5),
     page_tokens=st.sampled_from([1, 7, 100]),
     spare=st.integers(0, 40),
@@ -234,6 +240,7 @@ def test_any_load_under_any_policy_is_served_whole_and_replays(
     joining: str,
     reorder: str | None,
     prefix_cache: bool,
+    spare_pages: int,
     slots: int,
     page_tokens: int,
     spare: int,
@@ -242,6 +249,7 @@ def test_any_load_under_any_policy_is_served_whole_and_replays(
     changes: dict[str, object] = {"joining": joining, "slots": slots, "prefill_tokens": prefill_tokens}
     if reorder is None:
         changes |= {"pages": -(-100 // page_tokens) + spare, "page_tokens": page_tokens, "prefix_cache": prefix_cache}
+        changes |= {"preemption": "swap", "spare_pages": spare_pages}
     else:
         changes |= {"layout": "slots", "reorder": reorder, "pages": slots, "page_tokens": 100}
     world = play(asks, config(**changes))
@@ -279,6 +287,27 @@ def bad_day(seed: int) -> tuple[list[Ask], World]:
     return asks, play(asks, settings_, faults=faults, step_timeout_s=60.0)
 
 
+def tight_day(seed: int) -> tuple[list[Ask], World]:
+    """Few pages, so that requests are put back; some urgent, some with deadlines; crashes while pages are away."""
+    draws = integers(seed, 10, range(200), 1000)
+    asks = [
+        Ask(
+            at=float(draws[i]) / 10,
+            prompt=1 + int(draws[20 + i]) % 50,
+            length=35 + int(draws[40 + i]) % 40,
+            limit=70,
+            deadline=60.0 + float(draws[60 + i]) / 4 if draws[80 + i] % 5 == 0 else None,
+            priority=int(draws[100 + i]) % 3 - 1,
+            family=1 + int(draws[120 + i]) % 3,
+        )
+        for i in range(20)
+    ]
+    changes = {"preemption": "swap" if seed % 4 else "recompute", "spare_pages": 5 + seed % 30}
+    settings_ = config(slots=5, pages=20, page_tokens=8, prefill_tokens=24, prefix_cache=seed % 2 == 0, **changes)
+    faults = draw_faults(seed, count=3, calls=90, seconds=2.0)
+    return asks, play(asks, settings_, faults=faults, step_timeout_s=60.0)
+
+
 def assert_survived(asks: list[Ask], world: World) -> None:
     assert_lawful(world, asks)
     assert len(world.trace.spans) >= 200
@@ -297,3 +326,24 @@ def test_a_backend_that_fails_whenever_it_should_decode_is_given_up() -> None:
 def test_five_hundred_bad_days_lose_double_and_leak_nothing(block: int) -> None:
     for seed in range(50 * block, 50 * block + 50):
         assert_survived(*bad_day(seed))
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_two_hundred_tight_days_lose_double_and_leak_nothing(block: int) -> None:
+    away = 0
+    for seed in range(50 * block, 50 * block + 50):
+        asks, world = tight_day(seed)
+        assert_survived(asks, world)
+        assert world.scheduler.preemptions > 0
+        away += sum(bool(work.swap_in) for work in world.passes)
+    assert away > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("block", range(20))
+def test_ten_thousand_bad_days(block: int) -> None:
+    for seed in range(500 + 400 * block, 500 + 400 * (block + 1)):
+        assert_survived(*bad_day(seed))
+    for seed in range(200 + 100 * block, 200 + 100 * (block + 1)):
+        assert_survived(*tight_day(seed))

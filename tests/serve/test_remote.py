@@ -92,17 +92,16 @@ def expected(folder: str) -> list[tuple[int, ...]]:
 
 
 async def start(folder: str, clock: RealClock, ranks: int = 1, **options: Any) -> RemoteBackend:
-    return await RemoteBackend.start(
-        folder, threads=1, pages=PAGES, page_tokens=PAGE_TOKENS, clock=clock, ranks=ranks, **options
-    )
+    size = {"pages": PAGES, "page_tokens": PAGE_TOKENS}
+    return await RemoteBackend.start(folder, threads=1, clock=clock, ranks=ranks, **{**size, **options})
 
 
-def with_backend(folder: str, ranks: int, use: Callable[[RemoteBackend, RealClock], Awaitable[T]]) -> T:
+def with_backend(folder: str, ranks: int, use: Callable[[RemoteBackend, RealClock], Awaitable[T]], **options: Any) -> T:
     """`use` workers, then close them and see that they are gone."""
 
     async def main() -> T:
         clock = RealClock()
-        backend = await start(folder, clock, ranks, cpus=[[CPU]] * ranks)
+        backend = await start(folder, clock, ranks, cpus=[[CPU]] * ranks, **options)
         pids = backend.pids
         assert all(os.sched_getaffinity(int(task.name)) == {CPU} for p in pids for task in tasks(p))
         try:
@@ -199,6 +198,18 @@ def test_moves_and_ranges_reach_the_worker(folder: str) -> None:
 
     stayed, moved = with_backend(folder, 1, use)
     assert stayed == moved
+
+
+def test_pages_go_to_spare_memory_and_back_on_every_rank(folder: str, expected: list[tuple[int, ...]]) -> None:
+    tight = replace(settings(), pages=4, preemption="swap", spare_pages=6)
+
+    async def use(backend: RemoteBackend, clock: RealClock) -> None:
+        tapped, scheduler = Tapped(backend), Scheduler(tight)
+        assert await answers(Engine(scheduler, tapped, clock, Recorder("measured"))) == expected
+        assert scheduler.swaps > 0
+        assert all(len(digests) == 1 for digests in tapped.digests)
+
+    with_backend(folder, 2, use, pages=4, spare_pages=6)
 
 
 # Bad days.
@@ -359,6 +370,7 @@ def test_a_pass_survives_the_wire() -> None:
     chunk = Row(id=4, tokens=(1, 2), start=0, table=(1,), sampling=None, position=2)
     for work in (
         Pass(step=5, prefill=(chunk,), decode=(drawn,), moves=((6, 2, 7), (1, 0, 3)), slots=(0, 4)),
+        Pass(step=6, prefill=(chunk,), decode=(), swap_out=((3, 0, 16), (4, 1, 2)), swap_in=((2, 5, 9),)),
         Pass(step=0, prefill=(), decode=(drawn, bound)),
     ):
         frame = wire.read(io.BytesIO(wire.pack(wire.pass_to_json(work))))

@@ -64,7 +64,8 @@ def texts(
 
     async def main() -> tuple[list[Said], Scheduler]:
         clock = RealClock()
-        backend = LocalBackend(model, pages=settings.pages, page_tokens=settings.page_tokens, clock=clock)
+        size = {"pages": settings.pages, "page_tokens": settings.page_tokens, "spare_pages": settings.spare_pages}
+        backend = LocalBackend(model, clock=clock, **size)
         scheduler = Scheduler(settings)
         engine = Engine(scheduler, backend, clock, Recorder("measured"))
         handles = {}
@@ -103,20 +104,23 @@ def config(
 def test_one_text_a_prompt(model: Model, drawn: bool) -> None:
     forwards, backwards = list(range(6)), list(range(5, -1, -1))
     alone, _ = texts(model, forwards, config(1, 512), drawn=drawn)
-    preempted = 0
+    preempted = swaps = 0
     for order, settings in (
         (forwards, config(6, 512)),
         (backwards, config(6, 7)),
         (backwards, config(3, 16, page_tokens=5)),
         (forwards, config(4, 512, page_tokens=8, pages=14)),
         (backwards, config(5, 3, page_tokens=8, pages=12)),
+        (forwards, config(4, 512, page_tokens=8, pages=14, preemption="swap", spare_pages=14)),
+        (backwards, config(5, 3, page_tokens=8, pages=12, preemption="swap", spare_pages=4)),
         (backwards, config(4, 16, layout="slots")),
         (forwards, config(6, 64, layout="slots", reorder="never")),
     ):
         found, scheduler = texts(model, order, settings, drawn=drawn)
         assert found == alone, settings
         preempted += scheduler.preemptions
-    assert preempted > 0
+        swaps += scheduler.swaps
+    assert preempted > swaps > 0
 
 
 @pytest.mark.parametrize("drawn", [False, True])

@@ -54,6 +54,9 @@ class Pass:
         moves: slots to copy before anything else, one after another: (from, to, positions).
         slots: the contiguous range [low, high) of slots whose every row is computed, holes included; None: the
             pass computes its own rows alone, by their block tables.
+        swap_out: pages to copy to spare memory before anything else, even moves: (page, spare page, positions).
+        swap_in: spare pages to copy back after that: (spare page, page, positions). A pass that comes twice is copied
+            once: the pages it has given to others hold other texts by then.
     """
 
     step: int
@@ -61,6 +64,8 @@ class Pass:
     decode: tuple[Row, ...]
     moves: tuple[tuple[int, int, int], ...] = ()
     slots: tuple[int, int] | None = None
+    swap_out: tuple[tuple[int, int, int], ...] = ()
+    swap_in: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def holes(self) -> int:
@@ -69,6 +74,11 @@ class Pass:
             return 0
         low, high = self.slots
         return high - low - len({row.table[0] for row in (*self.prefill, *self.decode)})
+
+    @property
+    def copied(self) -> int:
+        """Positions that are copied from place to place."""
+        return sum(positions for _, _, positions in (*self.moves, *self.swap_out, *self.swap_in))
 
     @property
     def phase(self) -> str:

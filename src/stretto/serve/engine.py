@@ -21,13 +21,16 @@ from stretto.core.faults import BackendCrash
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
 from stretto.serve.backend import Backend, Pass, PassResult, Row
+from stretto.serve.decision import Decision
 from stretto.serve.handle import Handle, NoText, TextStream
 from stretto.serve.request import Request
-from stretto.serve.scheduler import Decision, Scheduler
+from stretto.serve.scheduler import Scheduler
 
 __all__ = ["Engine", "Handle", "TextStream"]
 
 MAX_FAILURES_IN_A_ROW = 5
+_ENDS = {"cancel": "cancelled", "expire": "deadline"}
+"""Events that end a request, and the reasons that its answer gives."""
 
 
 def page_hashes(tokens: Sequence[int], page_tokens: int) -> list[str]:
@@ -112,8 +115,12 @@ class Engine:
                 "prompt": len(request.prompt),
                 "limit": request.limit,
                 **self._prefix(request),
+                **({"priority": request.priority} if request.priority else {}),
             }
         )
+        if request.deadline_s is not None:
+            event = {"type": "expire", "id": request.id}
+            handle.timer = asyncio.get_running_loop().call_later(request.deadline_s, self._post, event)
         return handle
 
     def _prefix(self, request: Request) -> dict[str, list[str]]:
@@ -171,12 +178,13 @@ class Engine:
         events, self._inbox = self._inbox, []
         self._news.clear()
         for event in events:
-            if event["type"] == "cancel":
+            reason = _ENDS.get(event["type"])
+            if reason is not None:
                 handle = self._live.get(event["id"])
                 if handle is None:
                     continue
                 self._tell(event)
-                self._retire(handle, "cancelled")
+                self._retire(handle, reason)
             else:
                 self._tell(event)
 
@@ -222,6 +230,8 @@ class Engine:
             decode=tuple(self._decode_row(i) for i in decision.decode),
             moves=tuple(move[1:] for move in decision.moves),
             slots=decision.slots,
+            swap_out=decision.swap_out,
+            swap_in=decision.swap_in,
         )
 
     def _why_not_cached(self, request: Request) -> str:
@@ -315,6 +325,8 @@ class Engine:
 
     def _retire(self, handle: Handle, reason: str | None) -> None:
         request = handle.request.id
+        if handle.timer is not None:
+            handle.timer.cancel()
         if reason is not None:
             handle.end(reason, self.clock.now)
         began = handle.started_s if handle.started_s is not None else handle.arrived_s

@@ -54,6 +54,7 @@ class Handle:
         logprobs: of each token, where the request asks for them.
         offsets: for each of these, the characters of text before it.
         constraint: where it stands in its grammar, if it has one.
+        timer: what ends it at its deadline, if it has one.
         not_cached: why no token of its prompt was found in the prefix cache; None if some were, or nobody looked yet.
     """
 
@@ -70,6 +71,7 @@ class Handle:
     reason: str | None = None
     finished_s: float = 0.0
     constraint: Constraint | None = None
+    timer: asyncio.TimerHandle | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:

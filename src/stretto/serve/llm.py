@@ -1,7 +1,7 @@
 """A model behind an engine, ready to be asked: what the server and the offline `LLM` are both built on.
 
-The engine's pool holds `slots` requests of the longest length, so an admitted request is never put back for want of
-pages.
+Unless told otherwise, the engine's pool holds `slots` requests of the longest length, so that an admitted request is
+never put back for want of pages.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class EngineSettings:
         layout: of the KV cache, as in `ServePlan`.
         prefix_cache: whether requests share the pages of texts that begin alike, in layout "pages".
         reorder: when holes are closed in layout "slots".
+        pool_tokens: positions of the KV pool, with layout "pages"; None has room for every slot's longest request. With
+            fewer, more requests run as long as they are short, and when pages run out the least urgent is put back.
+        preemption: what becomes of the pages of a request that is put back: "recompute", or "swap" to spare memory.
+        spare_tokens: positions of that memory.
     """
 
     model: str = "smollm2-135m-instruct"
@@ -72,6 +76,9 @@ class EngineSettings:
     layout: Literal["pages", "slots"] = "pages"
     prefix_cache: bool = True
     reorder: Reorder = "eager"
+    pool_tokens: int | None = None
+    preemption: Literal["recompute", "swap"] = "recompute"
+    spare_tokens: int = 0
 
     def __post_init__(self) -> None:
         require(self.dtype in ("auto", "fp32", "bf16"), "dtype", self.dtype, "one of auto, fp32, bf16")
@@ -80,6 +87,11 @@ class EngineSettings:
         require(1 <= self.slots <= 4096, "slots", self.slots, "in 1 .. 4096")
         require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", self.max_model_len, ">= 2")
         require(1 <= self.prefill_tokens <= 2**20, "prefill_tokens", self.prefill_tokens, "in 1 .. 2**20")
+        require(self.preemption in ("recompute", "swap"), "preemption", self.preemption, "recompute or swap")
+        paged = self.layout == "pages"
+        sized = self.pool_tokens is None or (paged and 1 <= self.pool_tokens <= 2**40)
+        require(sized, "pool_tokens", self.pool_tokens, "in 1 .. 2**40, and with layout pages")
+        require(0 <= self.spare_tokens <= 2**40, "spare_tokens", self.spare_tokens, "in 0 .. 2**40")
         able = [name for name in JOININGS if name != "static"]
         right = f"one of {', '.join(able)} (static batches wait for the last request, and a server has none)"
         require(self.joining in able, "joining", self.joining, right)
@@ -97,18 +109,27 @@ class EngineSettings:
         return self.max_model_len
 
     def scheduler(self, spec: ModelSpec) -> SchedulerConfig:
-        """The scheduler whose pool holds every slot's longest request."""
+        """The scheduler of these settings; its pool holds every slot's longest request unless it is to be smaller.
+
+        Raises:
+            FieldError: if the longest request does not fit into the pool.
+        """
         longest = self.longest(spec)
         page = longest if self.layout == "slots" else min(PAGE_TOKENS, longest)
+        pages = self.slots * -(-longest // page) if self.pool_tokens is None else -(-self.pool_tokens // page)
+        fits = pages * page >= longest
+        require(fits, "pool_tokens", self.pool_tokens, f"at least {longest}, the positions of the longest request")
         return SchedulerConfig(
             joining=self.joining,
             slots=self.slots,
-            pages=self.slots * -(-longest // page),
+            pages=pages,
             page_tokens=page,
             prefill_tokens=self.prefill_tokens,
             layout=self.layout,
             prefix_cache=self.prefix_cache and self.layout == "pages",
             reorder=self.reorder,
+            preemption=self.preemption,
+            spare_pages=-(-self.spare_tokens // page) if self.preemption == "swap" else 0,
         )
 
 
@@ -169,7 +190,8 @@ def _cpu_flags() -> set[str]:
 def _check_memory(model: Model, settings: EngineSettings) -> None:
     available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     config = settings.scheduler(model.spec)
-    pool = config.pages * config.page_tokens * model.spec.kv_bytes_per_token(model.dtype)
+    pages = config.pages + config.spare_pages
+    pool = pages * config.page_tokens * model.spec.kv_bytes_per_token(model.dtype)
     rest = model.spec.weight_bytes(model.dtype) + WORKSPACE_BYTES
     if rest + pool > available:
         fitting = int((available - rest) // (pool / config.slots))
@@ -185,7 +207,8 @@ def _check_memory(model: Model, settings: EngineSettings) -> None:
 def new_backend(model: Model, settings: EngineSettings, clock: RealClock) -> LocalBackend:
     """A backend whose cache has the pages of `settings`."""
     config = settings.scheduler(model.spec)
-    return LocalBackend(model, pages=config.pages, page_tokens=config.page_tokens, clock=clock)
+    size = {"pages": config.pages, "page_tokens": config.page_tokens, "spare_pages": config.spare_pages}
+    return LocalBackend(model, clock=clock, **size)
 
 
 def new_engine(model: Model, settings: EngineSettings, backend: Backend, clock: RealClock) -> Engine:

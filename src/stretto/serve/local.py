@@ -13,6 +13,7 @@ from stretto.models.batching import Segment
 from stretto.models.thread import submit
 from stretto.serve.backend import Pass, PassResult, Row
 from stretto.serve.choosing import choose
+from stretto.serve.spare import SpareMemory
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +29,19 @@ class LocalBackend:
         model: loaded, ready to run.
         pages, page_tokens: size of the KV cache.
         clock: the engine's.
+        spare_pages: size of the spare memory for requests that are put back.
     """
 
     steps_at_once = 1
 
-    def __init__(self, model: Model, *, pages: int, page_tokens: int, clock: RealClock) -> None:
+    def __init__(self, model: Model, *, pages: int, page_tokens: int, clock: RealClock, spare_pages: int = 0) -> None:
         self._model = model
         self._cache: KVCache = model.transformer.new_cache(pages=pages + 1, page_tokens=page_tokens)
         self._clock = clock
+        self._spare: SpareMemory | None = None
+        if spare_pages:
+            away = model.transformer.new_cache(pages=spare_pages, page_tokens=page_tokens)
+            self._spare = SpareMemory(self._cache, away)
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
         return await asyncio.wrap_future(submit(self.compute, work))
@@ -43,6 +49,8 @@ class LocalBackend:
     def compute(self, work: Pass) -> PassResult:
         """Carry out one pass here and now, in the thread of the caller."""
         start = self._clock.now
+        if self._spare is not None:
+            self._spare.copy(work)
         self.move(work.moves)
         rows = (*work.prefill, *work.decode)
         logits = forward_rows(self._model, self._cache, rows, holes=work.holes)

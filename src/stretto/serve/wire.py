@@ -37,6 +37,7 @@ class SetUp:
     Attributes:
         model, dtype, path, threads: as `load_model` takes them.
         pages, page_tokens: size of the KV cache.
+        spare_pages: size of the spare memory for requests that are put back.
         rank, world: which part of the model is its own.
         rendezvous: the file over which the ranks meet; None if there is one rank.
         timeout_s: how long to wait for another rank.
@@ -49,6 +50,7 @@ class SetUp:
     pages: int
     page_tokens: int
     path: str = "torch"
+    spare_pages: int = 0
     rank: int = 0
     world: int = 1
     rendezvous: str | None = None
@@ -116,6 +118,8 @@ def pass_to_json(work: Pass) -> Frame:
         "decode": [_row_to_json(row) for row in work.decode],
         "moves": work.moves,
         "slots": work.slots,
+        "swap_out": work.swap_out,
+        "swap_in": work.swap_in,
     }
 
 
@@ -124,9 +128,15 @@ def pass_from_json(fields: Mapping[str, Any]) -> Pass:
         step=fields["step"],
         prefill=tuple(_row_from_json(row) for row in fields["prefill"]),
         decode=tuple(_row_from_json(row) for row in fields["decode"]),
-        moves=tuple((source, target, positions) for source, target, positions in fields["moves"]),
+        moves=_copies(fields["moves"]),
         slots=None if fields["slots"] is None else (fields["slots"][0], fields["slots"][1]),
+        swap_out=_copies(fields["swap_out"]),
+        swap_in=_copies(fields["swap_in"]),
     )
+
+
+def _copies(fields: Sequence[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((source, target, positions) for source, target, positions in fields)
 
 
 def _row_to_json(row: Row) -> Frame:

@@ -75,6 +75,10 @@ REFUSED = [
     (chat(repetition_penalty=1.1), "repetition_penalty"),
     (chat(tools=[{"type": "function"}]), "tools"),
     (chat(tool_choice="required"), "tool_choice"),
+    (chat(priority=1.5), "priority"),
+    (chat(priority=2**31), "priority"),
+    (chat(timeout=0), "timeout"),
+    (chat(timeout=1e9), "timeout"),
     (chat(model=5), "model"),
     (text(prompt=None), "prompt"),
     (text(prompt=""), "prompt"),
@@ -132,6 +136,7 @@ TOLERATED = [
     text(prompt="a<|im_end|>", best_of=1, echo=False, suffix=None, logprobs=None),
     text(stop="x" * 1000, seed=-(2**63), temperature=1e-300),
     text(seed=2**63 - 1, n=2),
+    text(priority=-5, timeout=86_400),
     responses(store=True, tools=[], truncation="disabled", include=[]),
 ]
 

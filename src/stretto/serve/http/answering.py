@@ -32,6 +32,8 @@ def problem_of(answers: Sequence[Answer]) -> ApiError | None:
     reasons = {answer.reason for answer in answers}
     if "failed" in reasons:
         return ApiError(500, "the engine could not compute this answer; try again", code="engine_failed")
+    if "deadline" in reasons:
+        return ApiError(504, "the answer was not done within its timeout", code="deadline_exceeded")
     if "grammar" in reasons:
         return ApiError(400, "the grammar of this answer became too complex to follow", code="grammar_too_complex")
     if "cancelled" in reasons:

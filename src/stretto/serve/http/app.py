@@ -187,6 +187,8 @@ async def _ask(
         stop=body.stops(),
         ignore_eos=bool(body.ignore_eos),
         logprobs=body.alternatives,
+        priority=body.priority or 0,
+        deadline_s=body.timeout,
         grammar=await service.compiler.grammar(body.wanted()),
     )
 

@@ -27,6 +27,7 @@ from stretto.serve.sampling import Sampling
 
 MOST_CHOICES = 128
 MOST_STOPS = 16
+MOST_TIMEOUT_S = 86_400.0
 _NEARLY_ZERO = 1e-4
 """Temperatures below it are greedy: dividing logits by them would overflow."""
 
@@ -109,6 +110,8 @@ class Generation(BaseModel):
     stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=MOST_TIMEOUT_S)] | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | str | None = None
     guided_regex: str | None = None

@@ -58,6 +58,8 @@ class Ask:
         limit: most new tokens; None: as many as fit.
         logprobs: how many alternatives to tell the logprobs of; None for no logprobs.
         grammar: what the answers must look like; None for anything.
+        priority: the lower, the more urgent.
+        deadline_s: seconds after which the answers end; None for no deadline.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -68,6 +70,8 @@ class Ask:
     ignore_eos: bool
     logprobs: int | None = None
     grammar: Grammar | None = None
+    priority: int = 0
+    deadline_s: float | None = None
 
 
 class Service:
@@ -350,6 +354,8 @@ class Service:
             stop=ask.stop,
             logprobs=ask.logprobs,
             grammar=ask.grammar,
+            priority=ask.priority,
+            deadline_s=ask.deadline_s,
         )
         handle = self.engine.submit(request, AnswerText(self.tokenizer, ask.stop))
         self._handles[handle] = asyncio.create_task(self._watch(handle))
