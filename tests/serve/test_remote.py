@@ -201,7 +201,7 @@ def test_moves_and_ranges_reach_the_worker(folder: str) -> None:
 
 
 def test_pages_go_to_spare_memory_and_back_on_every_rank(folder: str, expected: list[tuple[int, ...]]) -> None:
-    tight = replace(settings(), pages=4, preemption="swap", spare_pages=6)
+    tight = replace(settings(), pages=9, page_tokens=4, preemption="swap", spare_pages=8)
 
     async def use(backend: RemoteBackend, clock: RealClock) -> None:
         tapped, scheduler = Tapped(backend), Scheduler(tight)
@@ -209,7 +209,7 @@ def test_pages_go_to_spare_memory_and_back_on_every_rank(folder: str, expected: 
         assert scheduler.swaps > 0
         assert all(len(digests) == 1 for digests in tapped.digests)
 
-    with_backend(folder, 2, use, pages=4, spare_pages=6)
+    with_backend(folder, 2, use, pages=9, page_tokens=4, spare_pages=8)
 
 
 # Bad days.

@@ -109,10 +109,8 @@ def test_one_text_a_prompt(model: Model, drawn: bool) -> None:
         (forwards, config(6, 512)),
         (backwards, config(6, 7)),
         (backwards, config(3, 16, page_tokens=5)),
-        (forwards, config(4, 512, page_tokens=8, pages=14)),
         (backwards, config(5, 3, page_tokens=8, pages=12)),
         (forwards, config(4, 512, page_tokens=8, pages=14, preemption="swap", spare_pages=14)),
-        (backwards, config(5, 3, page_tokens=8, pages=12, preemption="swap", spare_pages=4)),
         (backwards, config(4, 16, layout="slots")),
         (forwards, config(6, 64, layout="slots", reorder="never")),
     ):
