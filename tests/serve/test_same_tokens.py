@@ -132,3 +132,50 @@ def test_pages_found_again_change_no_token(model: Model, drawn: bool) -> None:
     ):
         found, _ = texts(model, order, settings, drawn=drawn, copies=2)
         assert found == [*alone, *alone], settings
+
+
+def said(model: Model, settings: SchedulerConfig, concurrent: int, repeats: int) -> tuple[list[tuple[int, ...]], int]:
+    """The tokens of so many short answers, so many of them at a time, and how often one was put back."""
+
+    async def main() -> tuple[list[tuple[int, ...]], int]:
+        clock = RealClock()
+        size = {"pages": settings.pages, "page_tokens": settings.page_tokens, "spare_pages": settings.spare_pages}
+        engine = Engine(Scheduler(settings), LocalBackend(model, clock=clock, **size), clock, Recorder("measured"))
+        running = asyncio.create_task(engine.run())
+        room = asyncio.Semaphore(concurrent)
+
+        async def ask(number: int) -> tuple[int, ...]:
+            prompt = tuple(model.tokenizer.encode(PROMPTS[number % len(PROMPTS)]))
+            async with room:
+                return (await engine.submit(Request(id=number, prompt=prompt, limit=SHORT)).answer()).tokens
+
+        found = await asyncio.gather(*(ask(number) for number in range(repeats)))
+        engine.close()
+        await running
+        engine.scheduler.audit()
+        return found, engine.scheduler.preemptions
+
+    return asyncio.run(main())
+
+
+SHORT = 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("concurrent", [1, 3, 8, 16, 32])
+def test_one_text_a_prompt_fifty_times_over(packaged: Path, concurrent: int) -> None:
+    """Each with and without the prefix cache, in chunks of 16, 64 and 512, with room for all and with too little."""
+    model = load_model(str(packaged), dtype="fp32", path="exact", threads=2)
+    alone = [texts(model, [i], config(1, 512, page_tokens=8))[0][0][0][:SHORT] for i in range(len(PROMPTS))]
+    put_back = 0
+    for prefix_cache in (False, True):
+        for chunk in (16, 64, 512):
+            for tight in (False, True) if concurrent > 1 else (False,):
+                pages = 6 + 2 * concurrent if tight else 8 * concurrent
+                swap = {"preemption": "swap", "spare_pages": concurrent} if chunk == 64 else {}
+                how = config(concurrent, chunk, 8, pages, prefix_cache=prefix_cache, **swap)
+                found, preemptions = said(model, how, concurrent, 50)
+                put_back += preemptions
+                assert found == [alone[i % len(PROMPTS)] for i in range(50)], how
+    assert (put_back > 0) == (concurrent > 1)

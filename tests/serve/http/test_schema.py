@@ -16,7 +16,7 @@ schemathesis = pytest.importorskip("schemathesis")
 
 POSTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
 READ = ("/v1/models", "/v1/models/{name}", "/health", "/metrics", "/version", "/v1/stretto/live")
-ORDINARY, THOROUGH = 100, 1000
+ORDINARY, THOROUGH = 25, 1000
 
 
 @pytest.fixture(scope="module")
