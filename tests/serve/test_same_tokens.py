@@ -167,7 +167,8 @@ SHORT = 12
 def test_one_text_a_prompt_fifty_times_over(packaged: Path, concurrent: int) -> None:
     """Each with and without the prefix cache, in chunks of 16, 64 and 512, with room for all and with too little."""
     model = load_model(str(packaged), dtype="fp32", path="exact", threads=2)
-    alone = [texts(model, [i], config(1, 512, page_tokens=8))[0][0][0][:SHORT] for i in range(len(PROMPTS))]
+    one_by_one, _ = texts(model, list(range(len(PROMPTS))), config(1, 512, page_tokens=8))
+    alone = [tokens[:SHORT] for tokens, _ in one_by_one]
     put_back = 0
     for prefix_cache in (False, True):
         for chunk in (16, 64, 512):

@@ -156,6 +156,16 @@ def test_the_others_go_on_while_a_grammar_is_compiled(server: Running, monkeypat
     until(lambda: not server.service.live)
 
 
+def test_who_takes_long_itself_is_told_so(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    post(client, TEXT, **asked(TEXT, guided_regex="ab"))  # whatever came before is compiled by then
+    monkeypatch.setattr("stretto.serve.http.compiling.PATIENCE_S", 0.3)
+    monkeypatch.setattr("stretto.serve.http.compiling.MOST_SECONDS", 0.2)
+    monkeypatch.setattr(Grammars, "_compile", lambda self, source: time.sleep(0.6))
+    error = check_error(client.post(TEXT, json=asked(TEXT, guided_regex="abc")))
+    assert error["param"] == "guided_regex"
+    assert "too long" in error["message"]
+
+
 def test_what_takes_too_long_is_refused(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 100, 2))
     monkeypatch.setattr("stretto.serve.grammar.time.perf_counter", lambda: next(clock) * MOST_SECONDS)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from stretto.core.errors import UserError
 from stretto.serve.constraint import Grammar
-from stretto.serve.grammar import STACK_BYTES, Grammars
+from stretto.serve.grammar import MOST_SECONDS, STACK_BYTES, Grammars
 from stretto.serve.http.errors import ApiError
 from stretto.serve.http.structured import Wanted
 
@@ -36,8 +37,14 @@ class Compiler:
         if wanted is None:
             return None
         field, source = wanted
+        began_s: list[float] = []
+
+        def compiled() -> Grammar:
+            began_s.append(time.perf_counter())
+            return self._grammars.compile(source)
+
         before = threading.stack_size(STACK_BYTES)  # for the thread, which `submit` starts when there is none yet
-        work = self._thread.submit(self._grammars.compile, source)
+        work = self._thread.submit(compiled)
         threading.stack_size(before)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(work), PATIENCE_S)
@@ -45,6 +52,9 @@ class Compiler:
             right = f"; {problem.right}" if problem.right else ""
             raise ApiError(400, f"{field}: {problem.problem}{right}", param=field, code="invalid_value") from None
         except TimeoutError:
+            if began_s and time.perf_counter() - began_s[0] > MOST_SECONDS:
+                late = f"{field}: takes too long to compile; repeat less, or nest less"
+                raise ApiError(400, late, param=field, code="invalid_value") from None
             busy = "grammars of other requests are being compiled; try again"
             raise ApiError(503, busy, param=field, code="busy", retry_after_s=1) from None
 
