@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from stretto.core.eventlog import replay
+from stretto.models.load import Model
+from stretto.serve.backend import Pass
 from stretto.serve.joining import JOININGS
 from stretto.serve.request import Request
 from stretto.serve.scheduler import Scheduler
+from stretto.serve.spare import SpareMemory
 
 from .test_engine import assert_lawful, computed
 from .worlds import Ask, RoundCost, World, config, play
@@ -140,3 +143,30 @@ def test_pages_that_the_pool_still_has_are_not_copied_back() -> None:
     assert_lawful(world, asks)
     out, back = swapped(world)
     assert out > back > 0
+
+
+def test_who_is_put_back_comes_before_its_peers() -> None:
+    asks = [*PAIR, Ask(at=1.0, prompt=8, length=5, limit=20, family=9)]
+    world = play(asks, config(**TIGHT))
+    assert_lawful(world, asks)
+    assert world.scheduler.preemptions > 0
+    assert world.answers[2].token_times_s[0] > world.answers[0].finished_s
+
+
+def test_a_pass_that_comes_twice_is_copied_once(tiny: Model) -> None:
+    import torch
+
+    cache = tiny.transformer.new_cache(pages=4, page_tokens=8)
+    memory = SpareMemory(cache, tiny.transformer.new_cache(pages=2, page_tokens=8))
+    for layer in cache.layers:
+        layer.copy_(torch.randn(layer.shape))
+    before = [layer[2].clone() for layer in cache.layers]
+    out = Pass(step=7, prefill=(), decode=(), swap_out=((2, 1, 5),))
+    memory.copy(out)
+    for layer in cache.layers:
+        layer[2].zero_()  # the page is given to another request
+    memory.copy(out)
+    memory.copy(Pass(step=8, prefill=(), decode=(), swap_in=((1, 3, 5),)))
+    for layer, held in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer[3, :, :5], held[:, :5])
+        assert not torch.equal(layer[3, :, 5:], held[:, 5:])
