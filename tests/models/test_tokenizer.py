@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from stretto.core.errors import UserError
 from stretto.models.chat import render_chat
@@ -69,6 +70,32 @@ def test_frozen_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("The capital of France is Paris.") == [504, 3575, 282, 4649, 314, 7042, 30]
     assert tokenizer.encode("a 1234") == [81, 216, 33, 34, 35, 36]
     assert tokenizer.encode("<|im_start|>hi") == [1, 6004]
+
+
+def test_tokens_spell_the_bytes_of_their_text(tokenizer: Tokenizer) -> None:
+    for text in TEXTS:
+        ids = tokenizer.encode(text, special=False)
+        if tokenizer.decode(ids, skip_special=False) == text:
+            assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert tokenizer.token_bytes(0) == b"<|endoftext|>"
+    assert {0, 1, 2} <= tokenizer.special_ids
+    assert tokenizer.token_bytes(49152) == tokenizer.token_bytes(-1) == b""
+
+
+@pytest.mark.parametrize(
+    ("decoder", "expected"),
+    [
+        (decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]), b" a\xe2b"),
+        (decoders.Metaspace(), b" a\xe2b"),
+        (decoders.WordPiece(), b"\xe2\x96\x81a<0xE2>b"),
+        (None, b"\xe2\x96\x81a<0xE2>b"),
+    ],
+)
+def test_bytes_follow_the_decoders_rule(decoder: Any, expected: bytes) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"\u2581a": 0, "<0xE2>": 1, "b": 2}, []))
+    if decoder is not None:
+        backend.decoder = decoder
+    assert b"".join(map(Tokenizer(backend, file="made up").token_bytes, range(3))) == expected
 
 
 def test_ends_and_sizes(tokenizer: Tokenizer) -> None:

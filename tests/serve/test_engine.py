@@ -28,11 +28,14 @@ def assert_lawful(world: World, asks: list[Ask]) -> None:
         if answer.reason in ("stop", "length"):
             assert len(answer.tokens) == min(ask.length, ask.limit)
         else:
-            assert answer.reason == "cancelled"
+            assert answer.reason == ("cancelled" if ask.deadline is None else "deadline")
             assert len(answer.tokens) < min(ask.length, ask.limit)
+        if answer.reason == "deadline":
+            assert answer.latency_s >= (ask.deadline or 0.0)
         assert list(answer.token_times_s) == sorted(answer.token_times_s)
-    world.scheduler.pool.audit()
+    world.scheduler.audit()
     assert world.scheduler.pool.held == 0
+    assert world.scheduler.spare is None or world.scheduler.spare.held == 0
     assert not world.scheduler.running
     assert not world.scheduler.waiting
     assert world.trace.overlaps() == []
@@ -117,6 +120,57 @@ def test_a_prompt_that_others_began_with_is_computed_from_where_they_differ() ->
     assert again.answers[3].cached_tokens == 40  # the last token is always computed
 
 
+def computed(world: World) -> dict[int, list[int]]:
+    """The lengths of each request's prompt chunks."""
+    chunks: dict[int, list[int]] = {}
+    for work in world.passes:
+        for row in work.prefill:
+            chunks.setdefault(row.id, []).append(len(row.tokens))
+    return chunks
+
+
+SHARING = {"page_tokens": 10, "pages": 40, "prefix_cache": True}
+
+
+def test_equal_prompts_that_come_at_once_are_computed_once() -> None:
+    asks = [Ask(prompt=50, length=5)] * 4
+    world = play(asks, config(**SHARING))
+    assert_lawful(world, asks)
+    assert computed(world) == {0: [50], 1: [10], 2: [10], 3: [10]}
+    assert [world.answers[i].cached_tokens for i in range(4)] == [0, 40, 40, 40]
+    assert world.answers[0].not_cached == "no prompt kept here begins with the same 10 tokens"
+    assert world.answers[3].not_cached is None
+
+
+def test_newcomers_wait_for_the_chunks_of_the_one_ahead_and_for_nobody_else() -> None:
+    asks = [Ask(prompt=50, length=9), Ask(prompt=48, length=5), Ask(prompt=12, length=5, family=8)]
+    world = play(asks, config(**SHARING, prefill_tokens=30))
+    assert_lawful(world, asks)
+    assert computed(world) == {0: [30, 20], 2: [10, 2], 1: [8]}
+    assert [world.answers[i].cached_tokens for i in range(3)] == [0, 40, 0]
+
+
+def test_who_waits_for_one_that_is_cancelled_computes_the_rest_itself() -> None:
+    asks = [Ask(prompt=90, length=9, cancel_at=1.5), Ask(prompt=90, length=5)]
+    world = play(asks, config(**SHARING, prefill_tokens=20))
+    assert_lawful(world, asks)
+    assert computed(world) == {0: [20, 20], 1: [20, 20, 10]}
+    assert world.answers[1].cached_tokens == 40
+
+
+def test_it_is_told_why_nothing_was_cached() -> None:
+    asks = [Ask(at=20.0 * i, prompt=40, length=2, limit=10, family=i % 3) for i in range(4)]
+    asks.append(Ask(at=80, prompt=10, length=2, limit=10))
+    tight = play(asks, config(page_tokens=10, pages=6, prefix_cache=True))
+    why = [tight.answers[i].not_cached for i in range(5)]
+    assert why[:3] == ["no prompt kept here begins with the same 10 tokens"] * 3
+    assert why[3:] == [
+        "the pages of its beginning were given to other requests meanwhile",
+        "pages of 10 tokens are shared, and the prompt goes beyond none",
+    ]
+    assert play(asks[:1], config()).answers[0].not_cached == "the prefix cache is off"
+
+
 def test_pages_that_are_kept_give_way_oldest_first() -> None:
     asks = [Ask(at=20.0 * i, prompt=40, length=2, limit=10, family=i % 3) for i in range(6)]
     roomy = play(asks, config(page_tokens=10, pages=20, prefix_cache=True))
@@ -161,7 +215,9 @@ asks_strategy = st.lists(
         limit=st.integers(1, 40),
         cancel_at=st.none() | st.floats(30, 60),
         family=st.integers(1, 2),
-    ),
+        priority=st.integers(-1, 1),
+    )
+    | st.builds(Ask, at=st.floats(0, 30), prompt=st.integers(1, 60), limit=st.just(40), deadline=st.floats(0.1, 40)),
     min_size=1,
     max_size=12,
 )
@@ -173,6 +229,7 @@ asks_strategy = st.lists(
     joining=st.sampled_from(sorted(JOININGS)),
     reorder=st.sampled_from([None, None, None, "eager", "threshold", "never"]),
     prefix_cache=st.booleans(),
+    spare_pages=st.integers(0, 30),
     slots=st.integers(1, 5),
     page_tokens=st.sampled_from([1, 7, 100]),
     spare=st.integers(0, 40),
@@ -183,6 +240,7 @@ def test_any_load_under_any_policy_is_served_whole_and_replays(
     joining: str,
     reorder: str | None,
     prefix_cache: bool,
+    spare_pages: int,
     slots: int,
     page_tokens: int,
     spare: int,
@@ -191,6 +249,7 @@ def test_any_load_under_any_policy_is_served_whole_and_replays(
     changes: dict[str, object] = {"joining": joining, "slots": slots, "prefill_tokens": prefill_tokens}
     if reorder is None:
         changes |= {"pages": -(-100 // page_tokens) + spare, "page_tokens": page_tokens, "prefix_cache": prefix_cache}
+        changes |= {"preemption": "swap", "spare_pages": spare_pages}
     else:
         changes |= {"layout": "slots", "reorder": reorder, "pages": slots, "page_tokens": 100}
     world = play(asks, config(**changes))
@@ -228,6 +287,27 @@ def bad_day(seed: int) -> tuple[list[Ask], World]:
     return asks, play(asks, settings_, faults=faults, step_timeout_s=60.0)
 
 
+def tight_day(seed: int) -> tuple[list[Ask], World]:
+    """Few pages, so that requests are put back; some urgent, some with deadlines; crashes while pages are away."""
+    draws = integers(seed, 10, range(200), 1000)
+    asks = [
+        Ask(
+            at=float(draws[i]) / 10,
+            prompt=1 + int(draws[20 + i]) % 50,
+            length=35 + int(draws[40 + i]) % 40,
+            limit=70,
+            deadline=60.0 + float(draws[60 + i]) / 4 if draws[80 + i] % 5 == 0 else None,
+            priority=int(draws[100 + i]) % 3 - 1,
+            family=1 + int(draws[120 + i]) % 3,
+        )
+        for i in range(20)
+    ]
+    changes = {"preemption": "swap" if seed % 4 else "recompute", "spare_pages": 5 + seed % 30}
+    settings_ = config(slots=5, pages=20, page_tokens=8, prefill_tokens=24, prefix_cache=seed % 2 == 0, **changes)
+    faults = draw_faults(seed, count=3, calls=90, seconds=2.0)
+    return asks, play(asks, settings_, faults=faults, step_timeout_s=60.0)
+
+
 def assert_survived(asks: list[Ask], world: World) -> None:
     assert_lawful(world, asks)
     assert len(world.trace.spans) >= 200
@@ -246,3 +326,24 @@ def test_a_backend_that_fails_whenever_it_should_decode_is_given_up() -> None:
 def test_five_hundred_bad_days_lose_double_and_leak_nothing(block: int) -> None:
     for seed in range(50 * block, 50 * block + 50):
         assert_survived(*bad_day(seed))
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_two_hundred_tight_days_lose_double_and_leak_nothing(block: int) -> None:
+    away = 0
+    for seed in range(50 * block, 50 * block + 50):
+        asks, world = tight_day(seed)
+        assert_survived(asks, world)
+        assert world.scheduler.preemptions > 0
+        away += sum(bool(work.swap_in) for work in world.passes)
+    assert away > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("block", range(20))
+def test_ten_thousand_bad_days(block: int) -> None:
+    for seed in range(500 + 400 * block, 500 + 400 * (block + 1)):
+        assert_survived(*bad_day(seed))
+    for seed in range(200 + 100 * block, 200 + 100 * (block + 1)):
+        assert_survived(*tight_day(seed))

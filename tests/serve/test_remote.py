@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from stretto.serve import remote, wire
 from stretto.serve.backend import Backend, Pass, PassResult, Row
 from stretto.serve.engine import Engine
 from stretto.serve.local import LocalBackend
+from stretto.serve.logprobs import Logprob
 from stretto.serve.remote import MOST_CRASHES, RemoteBackend
 from stretto.serve.request import Request
 from stretto.serve.sampling import Sampling
@@ -90,17 +92,16 @@ def expected(folder: str) -> list[tuple[int, ...]]:
 
 
 async def start(folder: str, clock: RealClock, ranks: int = 1, **options: Any) -> RemoteBackend:
-    return await RemoteBackend.start(
-        folder, threads=1, pages=PAGES, page_tokens=PAGE_TOKENS, clock=clock, ranks=ranks, **options
-    )
+    size = {"pages": PAGES, "page_tokens": PAGE_TOKENS}
+    return await RemoteBackend.start(folder, threads=1, clock=clock, ranks=ranks, **{**size, **options})
 
 
-def with_backend(folder: str, ranks: int, use: Callable[[RemoteBackend, RealClock], Awaitable[T]]) -> T:
+def with_backend(folder: str, ranks: int, use: Callable[[RemoteBackend, RealClock], Awaitable[T]], **options: Any) -> T:
     """`use` workers, then close them and see that they are gone."""
 
     async def main() -> T:
         clock = RealClock()
-        backend = await start(folder, clock, ranks, cpus=[[CPU]] * ranks)
+        backend = await start(folder, clock, ranks, cpus=[[CPU]] * ranks, **options)
         pids = backend.pids
         assert all(os.sched_getaffinity(int(task.name)) == {CPU} for p in pids for task in tasks(p))
         try:
@@ -188,10 +189,27 @@ def test_moves_and_ranges_reach_the_worker(folder: str) -> None:
         moved = await token(
             Pass(step=2, prefill=(), decode=(row((first,), 3, (4,)),), moves=((0, 4, 3),), slots=(2, 5))
         )
+        asking = replace(row((first,), 3), logprobs=2, mask=b"\x60")
+        asked = await backend.run(Pass(step=3, prefill=(), decode=(asking,)), 1, asyncio.Event())
+        assert asked.tokens[0][0] in (5, 6)
+        assert asked.logprobs[0][0].token == asked.tokens[0][0]
+        assert asked.logprobs[0][0].top[0][0] == stayed
         return [stayed, moved]
 
     stayed, moved = with_backend(folder, 1, use)
     assert stayed == moved
+
+
+def test_pages_go_to_spare_memory_and_back_on_every_rank(folder: str, expected: list[tuple[int, ...]]) -> None:
+    tight = replace(settings(), pages=9, page_tokens=4, preemption="swap", spare_pages=8)
+
+    async def use(backend: RemoteBackend, clock: RealClock) -> None:
+        tapped, scheduler = Tapped(backend), Scheduler(tight)
+        assert await answers(Engine(scheduler, tapped, clock, Recorder("measured"))) == expected
+        assert scheduler.swaps > 0
+        assert all(len(digests) == 1 for digests in tapped.digests)
+
+    with_backend(folder, 2, use, pages=9, page_tokens=4, spare_pages=8)
 
 
 # Bad days.
@@ -348,10 +366,12 @@ def test_a_pass_survives_the_wire() -> None:
     drawn = Row(
         id=3, tokens=(9,), start=7, table=(2, 5), sampling=Sampling(temperature=0.5, top_k=3, seed=8), position=8
     )
+    bound = replace(drawn, logprobs=3, mask=b"\x00\xff\x05")
     chunk = Row(id=4, tokens=(1, 2), start=0, table=(1,), sampling=None, position=2)
     for work in (
         Pass(step=5, prefill=(chunk,), decode=(drawn,), moves=((6, 2, 7), (1, 0, 3)), slots=(0, 4)),
-        Pass(step=0, prefill=(), decode=(drawn,)),
+        Pass(step=6, prefill=(chunk,), decode=(), swap_out=((3, 0, 16), (4, 1, 2)), swap_in=((2, 5, 9),)),
+        Pass(step=0, prefill=(), decode=(drawn, bound)),
     ):
         frame = wire.read(io.BytesIO(wire.pack(wire.pass_to_json(work))))
         assert frame is not None
@@ -359,11 +379,13 @@ def test_a_pass_survives_the_wire() -> None:
 
 
 def test_answers_survive_the_wire_and_others_are_refused() -> None:
-    ran = wire.Ran(tokens={3: (1, 2), 11: (7,)}, span=(0.5, 0.75), slots="ab")
+    told = (Logprob(token=7, logprob=-0.1, top=((7, -0.1), (2, -2.7))),)
+    ran = wire.Ran(tokens={3: (1, 2), 11: (7,)}, span=(0.5, 0.75), slots="ab", logprobs={11: told})
     frame = wire.read(io.BytesIO(wire.pack(ran.to_json())))
     assert frame is not None
     assert wire.Ran.from_json(frame) == ran
-    for bad in ({}, {**frame, "span": [1.0]}, {**frame, "tokens": [[1, 2]]}, {**frame, "tokens": 5}):
+    few = {**frame, "logprobs": [[3, [[1, -0.5, []]]]]}
+    for bad in ({}, {**frame, "span": [1.0]}, {**frame, "tokens": [[1, 2]]}, {**frame, "tokens": 5}, few):
         with pytest.raises(ValueError, match="no answer to a pass"):
             wire.Ran.from_json(bad)
 

@@ -17,6 +17,7 @@ from stretto.models.load import Model, load_model  # noqa: E402
 from stretto.models.source import packaged_model  # noqa: E402
 from stretto.serve.engine import Engine  # noqa: E402
 from stretto.serve.local import LocalBackend  # noqa: E402
+from stretto.serve.logprobs import Logprob  # noqa: E402
 from stretto.serve.request import Request  # noqa: E402
 from stretto.serve.sampling import Sampling  # noqa: E402
 from stretto.serve.scheduler import Scheduler, SchedulerConfig  # noqa: E402
@@ -30,6 +31,8 @@ PROMPTS = [
     "A list of colours: red,",
 ]
 NEW = 24
+Said = tuple[tuple[int, ...], tuple[Logprob, ...] | None]
+"""The tokens of an answer and, of every other one, their logprobs."""
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +59,16 @@ def _two_threads() -> Iterator[None]:
 
 def texts(
     model: Model, order: list[int], settings: SchedulerConfig, *, drawn: bool = False, copies: int = 1, long: int = 1
-) -> tuple[list[tuple[int, ...]], Scheduler]:
-    """The tokens of each prompt, submitted in this order, so many times over; and the scheduler at the end.
+) -> tuple[list[Said], Scheduler]:
+    """What each prompt's answer says, submitted in this order, so many times over; and the scheduler at the end.
 
     Prompts are repeated `long` times, and answers are as much longer.
     """
 
-    async def main() -> tuple[list[tuple[int, ...]], Scheduler]:
+    async def main() -> tuple[list[Said], Scheduler]:
         clock = RealClock()
-        backend = LocalBackend(model, pages=settings.pages, page_tokens=settings.page_tokens, clock=clock)
+        size = {"pages": settings.pages, "page_tokens": settings.page_tokens, "spare_pages": settings.spare_pages}
+        backend = LocalBackend(model, clock=clock, **size)
         scheduler = Scheduler(settings)
         engine = Engine(scheduler, backend, clock, Recorder("measured"))
         handles = {}
@@ -73,12 +77,15 @@ def texts(
                 sampling = Sampling(temperature=0.9, top_k=40, seed=i) if drawn else Sampling()
                 prompt = tuple(model.tokenizer.encode(PROMPTS[i]) * long)
                 number = copy * len(PROMPTS) + i
-                handles[number] = engine.submit(Request(id=number, prompt=prompt, limit=NEW * long, sampling=sampling))
+                told = 2 if i % 2 else None
+                request = Request(id=number, prompt=prompt, limit=NEW * long, sampling=sampling, logprobs=told)
+                handles[number] = engine.submit(request)
         engine.close()
         await asyncio.wait_for(engine.run(), 60)
         cached = sum(handle.cached_tokens for handle in handles.values())
         assert (cached > 0) == settings.prefix_cache
-        return [handles[i].result().tokens for i in range(len(handles))], scheduler
+        found = [handles[i].result() for i in range(len(handles))]
+        return [(answer.tokens, answer.logprobs) for answer in found], scheduler
 
     return asyncio.run(main())
 
@@ -100,20 +107,21 @@ def config(
 def test_one_text_a_prompt(model: Model, drawn: bool) -> None:
     forwards, backwards = list(range(6)), list(range(5, -1, -1))
     alone, _ = texts(model, forwards, config(1, 512), drawn=drawn)
-    preempted = 0
+    preempted = swaps = 0
     for order, settings in (
         (forwards, config(6, 512)),
         (backwards, config(6, 7)),
         (backwards, config(3, 16, page_tokens=5)),
-        (forwards, config(4, 512, page_tokens=8, pages=14)),
         (backwards, config(5, 3, page_tokens=8, pages=12)),
+        (forwards, config(4, 512, page_tokens=8, pages=14, preemption="swap", spare_pages=14)),
         (backwards, config(4, 16, layout="slots")),
         (forwards, config(6, 64, layout="slots", reorder="never")),
     ):
         found, scheduler = texts(model, order, settings, drawn=drawn)
         assert found == alone, settings
         preempted += scheduler.preemptions
-    assert preempted > 0
+        swaps += scheduler.swaps
+    assert preempted > swaps > 0
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -148,3 +156,51 @@ def test_keys_and_values_in_4_bits_change_with_nothing_but_the_text(packaged: Pa
         assert found == alone * copies, settings
         preempted += scheduler.preemptions
     assert preempted > 0
+
+
+def said(model: Model, settings: SchedulerConfig, concurrent: int, repeats: int) -> tuple[list[tuple[int, ...]], int]:
+    """The tokens of so many short answers, so many of them at a time, and how often one was put back."""
+
+    async def main() -> tuple[list[tuple[int, ...]], int]:
+        clock = RealClock()
+        size = {"pages": settings.pages, "page_tokens": settings.page_tokens, "spare_pages": settings.spare_pages}
+        engine = Engine(Scheduler(settings), LocalBackend(model, clock=clock, **size), clock, Recorder("measured"))
+        running = asyncio.create_task(engine.run())
+        room = asyncio.Semaphore(concurrent)
+
+        async def ask(number: int) -> tuple[int, ...]:
+            prompt = tuple(model.tokenizer.encode(PROMPTS[number % len(PROMPTS)]))
+            async with room:
+                return (await engine.submit(Request(id=number, prompt=prompt, limit=SHORT)).answer()).tokens
+
+        found = await asyncio.gather(*(ask(number) for number in range(repeats)))
+        engine.close()
+        await running
+        engine.scheduler.audit()
+        return found, engine.scheduler.preemptions
+
+    return asyncio.run(main())
+
+
+SHORT = 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("concurrent", [1, 3, 8, 16, 32])
+def test_one_text_a_prompt_fifty_times_over(packaged: Path, concurrent: int) -> None:
+    """Each with and without the prefix cache, in chunks of 16, 64 and 512, with room for all and with too little."""
+    model = load_model(str(packaged), dtype="fp32", path="exact", threads=2)
+    one_by_one, _ = texts(model, list(range(len(PROMPTS))), config(1, 512, page_tokens=8))
+    alone = [tokens[:SHORT] for tokens, _ in one_by_one]
+    put_back = 0
+    for prefix_cache in (False, True):
+        for chunk in (16, 64, 512):
+            for tight in (False, True) if concurrent > 1 else (False,):
+                pages = 6 + 2 * concurrent if tight else 8 * concurrent
+                swap = {"preemption": "swap", "spare_pages": concurrent} if chunk == 64 else {}
+                how = config(concurrent, chunk, 8, pages, prefix_cache=prefix_cache, **swap)
+                found, preemptions = said(model, how, concurrent, 50)
+                put_back += preemptions
+                assert found == [alone[i % len(PROMPTS)] for i in range(50)], how
+    assert (put_back > 0) == (concurrent > 1)

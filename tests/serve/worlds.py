@@ -35,7 +35,7 @@ class RoundCost:
 @dataclass(frozen=True)
 class Ask:
     """A request of a world: when it comes, its prompt's length, the length of its answer, its limit, when it
-    is cancelled.
+    is cancelled, how urgent it is, and how long it may take.
     """
 
     at: float = 0.0
@@ -43,6 +43,8 @@ class Ask:
     length: int = 5
     limit: int = 100
     cancel_at: float | None = None
+    priority: int = 0
+    deadline: float | None = None
     family: int = 7
     """Prompts of one family begin alike."""
 
@@ -83,6 +85,7 @@ class Ledger:
 
     Attributes:
         held: what each (page, offset) holds: all that the text up to there depends on.
+        away: the same of spare pages.
         passes: all that were asked for.
     """
 
@@ -92,10 +95,15 @@ class Ledger:
         self._page_tokens = page_tokens
         self.steps_at_once = inner.steps_at_once
         self.held: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.away: dict[tuple[int, int], tuple[int, ...]] = {}
         self.passes: list[Pass] = []
+        self._last: Pass | None = None
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
         self.passes.append(work)
+        if work != self._last:
+            self._swap(work)
+        self._last = work
         for source, target, positions in work.moves:
             for offset in range(positions):
                 self.held[target, offset] = self.held[source, offset]
@@ -112,6 +120,14 @@ class Ledger:
                 self._write(row, result.steps)
         return result
 
+    def _swap(self, work: Pass) -> None:
+        for page, away, positions in work.swap_out:
+            for offset in range(positions):
+                self.away[away, offset] = self.held[page, offset]
+        for away, page, positions in work.swap_in:
+            for offset in range(positions):
+                self.held[page, offset] = self.away[away, offset]
+
     def _write(self, row: Row, count: int) -> None:
         for position in range(row.start, row.start + count):
             self.held[self._place(row.table, position)] = self._text(row.id, position)
@@ -126,6 +142,7 @@ class Ledger:
 
     def wipe(self) -> None:
         self.held.clear()
+        self.away.clear()
         self._inner.wipe()
 
     def forget(self, ids: Iterable[int]) -> None:
@@ -193,4 +210,6 @@ def _request(number: int, ask: Ask) -> Request:
         limit=ask.limit,
         sampling=Sampling(),
         stop_tokens=frozenset({END}),
+        priority=ask.priority,
+        deadline_s=ask.deadline,
     )

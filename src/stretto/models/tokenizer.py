@@ -8,7 +8,8 @@ is not in the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -146,6 +147,26 @@ class Tokenizer:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, special ones by their name; none for ids without a text."""
+        return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        spell = _speller(self._backend)
+        added = self._backend.get_added_tokens_decoder()
+        texts = (self._backend.id_to_token(token) for token in range(self.size))
+        return [
+            b"" if text is None else text.encode() if token in added else spell(text)
+            for token, text in enumerate(texts)
+        ]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are marks and no text."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token for token, how in added.items() if how.special)
+
     def chat(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True, **variables: Any) -> str:
         """The prompt for a conversation; with `reply` it ends where the assistant's turn begins.
 
@@ -200,6 +221,39 @@ class TextStream:
         text = self._tokenizer.decode(self._ids, skip_special=self._skip_special)[len(self._shown) :]
         self._ids, self._shown = [], ""
         return text
+
+
+def _speller(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+    """What a token's name in the vocabulary stands for, by the rule of the decoder."""
+    rules = set(_types(json.loads(backend.to_str())["decoder"]))
+    if "ByteLevel" in rules:
+        return lambda name: b"".join(_BYTE_OF.get(c) or c.encode() for c in name)
+    if rules & {"ByteFallback", "Metaspace"}:
+        return _sentence_piece
+    return lambda name: str(backend.decoder.decode([name]) if backend.decoder else name).encode()
+
+
+def _types(decoder: object) -> Iterator[str]:
+    if isinstance(decoder, dict):
+        yield str(decoder.get("type"))
+        for part in decoder.get("decoders") or ():
+            yield from _types(part)
+
+
+def _sentence_piece(name: str) -> bytes:
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return bytes.fromhex(name[3:5])
+    return name.replace("\u2581", " ").encode()
+
+
+def _byte_letters() -> dict[str, bytes]:
+    """The letter by which byte-level vocabularies write each byte: printable ones themselves, the others in order."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): bytes([b]) for b in plain} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()
 
 
 def _gguf_backend(metadata: Mapping[str, Any], file: str) -> tokenizers.Tokenizer:

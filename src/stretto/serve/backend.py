@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from stretto.serve.logprobs import Logprob
 from stretto.serve.sampling import Sampling
 
 
@@ -25,6 +26,8 @@ class Row:
         sampling: how its next token is drawn; None if this chunk yields none.
         position: the position that the drawn token will have.
         ends: tokens that end its answer.
+        logprobs: how many alternatives to tell the logprobs of beside the drawn token's own; None for no logprobs.
+        mask: the tokens that may be drawn, a bit each, the lowest bit of a byte first; None for all.
     """
 
     id: int
@@ -34,6 +37,14 @@ class Row:
     sampling: Sampling | None
     position: int
     ends: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    mask: bytes | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the number of the largest logit is all that is wanted of this row."""
+        greedy = self.sampling is not None and self.sampling.greedy
+        return greedy and self.logprobs is None and self.mask is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +56,9 @@ class Pass:
         moves: slots to copy before anything else, one after another: (from, to, positions).
         slots: the contiguous range [low, high) of slots whose every row is computed, holes included; None: the
             pass computes its own rows alone, by their block tables.
+        swap_out: pages to copy to spare memory before anything else, even moves: (page, spare page, positions).
+        swap_in: spare pages to copy back after that: (spare page, page, positions). A pass that comes twice is copied
+            once: the pages it has given to others hold other texts by then.
     """
 
     step: int
@@ -52,6 +66,8 @@ class Pass:
     decode: tuple[Row, ...]
     moves: tuple[tuple[int, int, int], ...] = ()
     slots: tuple[int, int] | None = None
+    swap_out: tuple[tuple[int, int, int], ...] = ()
+    swap_in: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def holes(self) -> int:
@@ -60,6 +76,11 @@ class Pass:
             return 0
         low, high = self.slots
         return high - low - len({row.table[0] for row in (*self.prefill, *self.decode)})
+
+    @property
+    def copied(self) -> int:
+        """Positions that are copied from place to place."""
+        return sum(positions for _, _, positions in (*self.moves, *self.swap_out, *self.swap_in))
 
     @property
     def phase(self) -> str:
@@ -75,10 +96,12 @@ class PassResult:
     Attributes:
         tokens: for each row that yields tokens, its new ids: one for each step taken.
         spans_s: start and finish of each step, on the engine's clock.
+        logprobs: for each row that asks for them, those of its new tokens.
     """
 
     tokens: Mapping[int, tuple[int, ...]]
     spans_s: tuple[tuple[float, float], ...]
+    logprobs: Mapping[int, tuple[Logprob, ...]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -104,4 +127,4 @@ class Backend(Protocol):
         """Forget all KV and give up what is under way."""
 
     def forget(self, ids: Iterable[int]) -> None:
-        """These requests are gone; whatever is kept for them may be dropped."""
+        """These requests are gone, or have lost their pages; whatever is kept for them may be dropped."""

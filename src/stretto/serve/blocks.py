@@ -13,6 +13,9 @@ from collections.abc import Sequence
 
 from stretto.core.errors import require
 
+REMEMBERED = 4
+"""Contents whose pages were given to others are remembered, this many for each page of the pool."""
+
 
 class BlockPool:
     """Pages 0 .. pages-1, each free, held by one request or more, or kept for its content though nobody holds it.
@@ -32,6 +35,7 @@ class BlockPool:
         self._holders: Counter[int] = Counter()
         self._content: dict[int, str] = {}
         self._page_of: dict[str, int] = {}
+        self._given_up: OrderedDict[str, None] = OrderedDict()
 
     @property
     def free(self) -> int:
@@ -67,6 +71,14 @@ class BlockPool:
             self._holders.update(new)
         return new
 
+    def knows(self, content: str) -> bool:
+        """Whether a page is full of `content`."""
+        return content in self._page_of
+
+    def gave_up(self, content: str) -> bool:
+        """Whether a page with this content was lately given to another."""
+        return content in self._given_up
+
     def adopt(self, request: int, contents: Sequence[str]) -> tuple[int, ...]:
         """Let `request`, which holds nothing, share pages with these contents, up to the first that is not there."""
         assert request not in self._tables, f"request {request} holds pages already"
@@ -89,6 +101,7 @@ class BlockPool:
         if content not in self._page_of and page not in self._content:
             self._page_of[content] = page
             self._content[page] = content
+            self._given_up.pop(content, None)
 
     def release(self, request: int) -> None:
         """Take back every page of `request`; none is fine."""
@@ -125,5 +138,9 @@ class BlockPool:
         if self._free:
             return self._free.popleft()
         page, _ = self._kept.popitem(last=False)
-        del self._page_of[self._content.pop(page)]
+        content = self._content.pop(page)
+        del self._page_of[content]
+        self._given_up[content] = None
+        if len(self._given_up) > REMEMBERED * self.pages:
+            self._given_up.popitem(last=False)
         return page

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,101 +21,16 @@ from stretto.core.faults import BackendCrash
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
 from stretto.serve.backend import Backend, Pass, PassResult, Row
-from stretto.serve.request import Answer, Request
-from stretto.serve.scheduler import Decision, Scheduler
+from stretto.serve.decision import Decision
+from stretto.serve.handle import Handle, NoText, TextStream
+from stretto.serve.request import Request
+from stretto.serve.scheduler import Scheduler
+
+__all__ = ["Engine", "Handle", "TextStream"]
 
 MAX_FAILURES_IN_A_ROW = 5
-
-
-class TextStream(Protocol):
-    """Turns an answer's tokens into text as they come, and finds stop strings."""
-
-    text: str
-
-    def push(self, token: int) -> bool:
-        """Take one token; true if the answer ends here because of a stop string."""
-
-    def finish(self) -> None:
-        """No more tokens: give out what was held back."""
-
-
-class NoText:
-    """For runs in which nobody reads the text."""
-
-    text = ""
-
-    def push(self, token: int) -> bool:
-        return False
-
-    def finish(self) -> None:
-        return None
-
-
-@dataclass(eq=False)
-class Handle:
-    """A submitted request: await `answer()`, or iterate over it for pieces of text as they come."""
-
-    request: Request
-    arrived_s: float
-    stream: TextStream
-    tokens: list[int] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)
-    started_s: float | None = None
-    cached_tokens: int = 0
-    reason: str | None = None
-    finished_s: float = 0.0
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def answer(self) -> Answer:
-        """Wait for the end and return what came of it."""
-        while self.reason is None:
-            self._changed.clear()
-            await self._changed.wait()
-        return self.result()
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        given = 0
-        while True:
-            text = self.stream.text
-            if len(text) > given:
-                yield text[given:]
-                given = len(text)
-            elif self.reason is not None:
-                return
-            else:
-                self._changed.clear()
-                await self._changed.wait()
-
-    def result(self) -> Answer:
-        """The answer as far as it is known; `reason` is "" while it runs."""
-        return Answer(
-            id=self.request.id,
-            tokens=tuple(self.tokens),
-            text=self.stream.text,
-            reason=self.reason or "",
-            arrived_s=self.arrived_s,
-            first_token_s=self.times_s[0] if self.times_s else None,
-            finished_s=self.finished_s,
-            token_times_s=tuple(self.times_s),
-            cached_tokens=self.cached_tokens,
-        )
-
-    def take(self, token: int, at: float) -> bool:
-        """Add a token that came at `at`; true if the answer is complete."""
-        self.tokens.append(token)
-        self.times_s.append(at)
-        if token in self.request.stop_tokens or self.stream.push(token):
-            self.end("stop", at)
-        elif len(self.tokens) >= self.request.limit:
-            self.end("length", at)
-        self._changed.set()
-        return self.reason is not None
-
-    def end(self, reason: str, at: float) -> None:
-        self.reason = reason
-        self.finished_s = at
-        self.stream.finish()
-        self._changed.set()
+_ENDS = {"cancel": "cancelled", "expire": "deadline"}
+"""Events that end a request, and the reasons that its answer gives."""
 
 
 def page_hashes(tokens: Sequence[int], page_tokens: int) -> list[str]:
@@ -201,8 +115,12 @@ class Engine:
                 "prompt": len(request.prompt),
                 "limit": request.limit,
                 **self._prefix(request),
+                **({"priority": request.priority} if request.priority else {}),
             }
         )
+        if request.deadline_s is not None:
+            event = {"type": "expire", "id": request.id}
+            handle.timer = asyncio.get_running_loop().call_later(request.deadline_s, self._post, event)
         return handle
 
     def _prefix(self, request: Request) -> dict[str, list[str]]:
@@ -260,12 +178,13 @@ class Engine:
         events, self._inbox = self._inbox, []
         self._news.clear()
         for event in events:
-            if event["type"] == "cancel":
+            reason = _ENDS.get(event["type"])
+            if reason is not None:
                 handle = self._live.get(event["id"])
                 if handle is None:
                     continue
                 self._tell(event)
-                self._retire(handle, "cancelled")
+                self._retire(handle, reason)
             else:
                 self._tell(event)
 
@@ -292,6 +211,8 @@ class Engine:
     def _pass(self, decision: Decision) -> Pass:
         for request in decision.preempted:
             self._tables.pop(request, None)
+        if decision.preempted:
+            self.backend.forget(decision.preempted)
         for request, new in decision.pages:
             self._tables[request] = self._tables.get(request, ()) + new
         for request, _, target, _ in decision.moves:
@@ -302,6 +223,7 @@ class Engine:
             if handle.started_s is None:
                 handle.started_s = now
                 handle.cached_tokens = chunk.start
+                handle.not_cached = None if chunk.start else self._why_not_cached(handle.request)
                 key = Key("queue", micro_batch=chunk.id)
                 self.recorder.request("requests", handle.arrived_s, now, key)
         return Pass(
@@ -310,7 +232,19 @@ class Engine:
             decode=tuple(self._decode_row(i) for i in decision.decode),
             moves=tuple(move[1:] for move in decision.moves),
             slots=decision.slots,
+            swap_out=decision.swap_out,
+            swap_in=decision.swap_in,
         )
+
+    def _why_not_cached(self, request: Request) -> str:
+        page = self.scheduler.config.page_tokens
+        if not self.scheduler.config.prefix_cache:
+            return "the prefix cache is off"
+        if len(request.prompt) <= page:
+            return f"pages of {page} tokens are shared, and the prompt goes beyond none"
+        if self.scheduler.pool.gave_up(page_hashes(request.prompt[:page], page)[0]):
+            return "the pages of its beginning were given to other requests meanwhile"
+        return f"no prompt kept here begins with the same {page} tokens"
 
     def _prompt_row(self, request: int, start: int, count: int, last: bool) -> Row:
         handle = self._live[request]
@@ -324,6 +258,8 @@ class Engine:
             sampling=handle.request.sampling if last else None,
             position=start + count,
             ends=handle.request.stop_tokens,
+            logprobs=handle.request.logprobs if last else None,
+            mask=handle.mask if last else None,
         )
 
     def _decode_row(self, request: int) -> Row:
@@ -337,6 +273,8 @@ class Engine:
             sampling=handle.request.sampling,
             position=position,
             ends=handle.request.stop_tokens,
+            logprobs=handle.request.logprobs,
+            mask=handle.mask,
         )
 
     async def _carry_out(self, work: Pass, steps: int) -> None:
@@ -360,6 +298,8 @@ class Engine:
             self._lost()
 
     async def _ask(self, work: Pass, steps: int) -> PassResult | None:
+        if any(row.mask is not None for row in work.decode):
+            steps = 1  # the next mask follows from this step's token
         try:
             if self._timeout_s is None:
                 return await self.backend.run(work, steps, self._news)
@@ -378,8 +318,9 @@ class Engine:
             self._failures_in_a_row = 0
         for request, tokens in result.tokens.items():
             handle = self._live[request]
-            for k, token in enumerate(tokens):
-                if handle.take(token, result.spans_s[k][1]):
+            logprobs = result.logprobs.get(request, (None,) * len(tokens))
+            for k, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+                if handle.take(token, result.spans_s[k][1], logprob):
                     finished.append(request)
                     break
         for request in finished:
@@ -388,6 +329,8 @@ class Engine:
 
     def _retire(self, handle: Handle, reason: str | None) -> None:
         request = handle.request.id
+        if handle.timer is not None:
+            handle.timer.cancel()
         if reason is not None:
             handle.end(reason, self.clock.now)
         began = handle.started_s if handle.started_s is not None else handle.arrived_s

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from stretto.serve.engine import Engine, Handle, TextStream
+from stretto.serve.engine import Engine
+from stretto.serve.handle import Handle, TextStream
 from stretto.serve.request import Request
 
 

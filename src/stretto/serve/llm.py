@@ -1,7 +1,7 @@
 """A model behind an engine, ready to be asked: what the server and the offline `LLM` are both built on.
 
-The engine's pool holds `slots` requests of the longest length, so an admitted request is never put back for want of
-pages.
+Unless told otherwise, the engine's pool holds `slots` requests of the longest length, so that an admitted request is
+never put back for want of pages.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from stretto.models.packable import why_not_fused
 from stretto.models.passes import arithmetic
 from stretto.models.spec import ModelSpec
 from stretto.serve.backend import Backend
-from stretto.serve.engine import Engine, Handle
+from stretto.serve.engine import Engine
+from stretto.serve.grammar import Grammars, GrammarSource
+from stretto.serve.handle import Handle
 from stretto.serve.joining import JOININGS
 from stretto.serve.local import LocalBackend
+from stretto.serve.logprobs import MOST_ALTERNATIVES, Logprob
 from stretto.serve.plan import PAGE_TOKENS, WORKSPACE_BYTES
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
@@ -59,6 +62,10 @@ class EngineSettings:
         layout: of the KV cache, as in `ServePlan`.
         prefix_cache: whether requests share the pages of texts that begin alike, in layout "pages".
         reorder: when holes are closed in layout "slots".
+        pool_tokens: positions of the KV pool, with layout "pages"; None has room for every slot's longest request. With
+            fewer, more requests run as long as they are short, and when pages run out the least urgent is put back.
+        preemption: what becomes of the pages of a request that is put back: "recompute", or "swap" to spare memory.
+        spare_tokens: positions of that memory.
     """
 
     model: str = "smollm2-135m-instruct"
@@ -72,6 +79,9 @@ class EngineSettings:
     layout: Literal["pages", "slots"] = "pages"
     prefix_cache: bool = True
     reorder: Reorder = "eager"
+    pool_tokens: int | None = None
+    preemption: Literal["recompute", "swap"] = "recompute"
+    spare_tokens: int = 0
 
     def __post_init__(self) -> None:
         require(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}")
@@ -81,6 +91,13 @@ class EngineSettings:
         require(1 <= self.slots <= 4096, "slots", self.slots, "in 1 .. 4096")
         require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", self.max_model_len, ">= 2")
         require(1 <= self.prefill_tokens <= 2**20, "prefill_tokens", self.prefill_tokens, "in 1 .. 2**20")
+        require(self.preemption in ("recompute", "swap"), "preemption", self.preemption, "recompute or swap")
+        swaps = self.preemption == "swap" and self.dtype == "int4"
+        require(not swaps, "preemption", self.preemption, "recompute, for a cache in 4 bits")
+        paged = self.layout == "pages"
+        sized = self.pool_tokens is None or (paged and 1 <= self.pool_tokens <= 2**40)
+        require(sized, "pool_tokens", self.pool_tokens, "in 1 .. 2**40, and with layout pages")
+        require(0 <= self.spare_tokens <= 2**40, "spare_tokens", self.spare_tokens, "in 0 .. 2**40")
         able = [name for name in JOININGS if name != "static"]
         right = f"one of {', '.join(able)} (static batches wait for the last request, and a server has none)"
         require(self.joining in able, "joining", self.joining, right)
@@ -98,21 +115,30 @@ class EngineSettings:
         return self.max_model_len
 
     def scheduler(self, spec: ModelSpec) -> SchedulerConfig:
-        """The scheduler whose pool holds every slot's longest request."""
+        """The scheduler of these settings; its pool holds every slot's longest request unless it is to be smaller.
+
+        Raises:
+            FieldError: if the longest request does not fit into the pool.
+        """
         longest = self.longest(spec)
         if self.layout == "slots":
             page = longest
         else:
             page = KV_PAGE_TOKENS if self.dtype == "int4" else min(PAGE_TOKENS, longest)
+        pages = self.slots * -(-longest // page) if self.pool_tokens is None else -(-self.pool_tokens // page)
+        fits = pages * page >= longest
+        require(fits, "pool_tokens", self.pool_tokens, f"at least {longest}, the positions of the longest request")
         return SchedulerConfig(
             joining=self.joining,
             slots=self.slots,
-            pages=self.slots * -(-longest // page),
+            pages=pages,
             page_tokens=page,
             prefill_tokens=self.prefill_tokens,
             layout=self.layout,
             prefix_cache=self.prefix_cache and self.layout == "pages",
             reorder=self.reorder,
+            preemption=self.preemption,
+            spare_pages=-(-self.spare_tokens // page) if self.preemption == "swap" else 0,
         )
 
 
@@ -173,7 +199,8 @@ def _cpu_flags() -> set[str]:
 def _check_memory(model: Model, settings: EngineSettings) -> None:
     available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     config = settings.scheduler(model.spec)
-    pool = config.pages * config.page_tokens * model.spec.kv_bytes_per_token(model.dtype)
+    pages = config.pages + config.spare_pages
+    pool = pages * config.page_tokens * model.spec.kv_bytes_per_token(model.dtype)
     rest = model.spec.weight_bytes(arithmetic(model.dtype, model.path)) + WORKSPACE_BYTES
     if rest + pool > available:
         fitting = int((available - rest) // (pool / config.slots))
@@ -189,7 +216,8 @@ def _check_memory(model: Model, settings: EngineSettings) -> None:
 def new_backend(model: Model, settings: EngineSettings, clock: RealClock) -> LocalBackend:
     """A backend whose cache has the pages of `settings`."""
     config = settings.scheduler(model.spec)
-    return LocalBackend(model, pages=config.pages, page_tokens=config.page_tokens, clock=clock)
+    size = {"pages": config.pages, "page_tokens": config.page_tokens, "spare_pages": config.spare_pages}
+    return LocalBackend(model, clock=clock, **size)
 
 
 def new_engine(model: Model, settings: EngineSettings, backend: Backend, clock: RealClock) -> Engine:
@@ -206,9 +234,10 @@ class Completion:
         prompt_tokens: its length in tokens.
         text: of the answer.
         tokens: of the answer, the ending one included.
-        reason: "stop", "length", "cancelled" or "failed".
+        reason: "stop", "length", "cancelled", "failed" or "grammar", as in `Answer`.
         first_token_s: seconds from the request to its first token; None if there was none.
         seconds: from the request to its end.
+        logprobs: of each token, the ending one included; None if they were not asked for.
     """
 
     prompt: str
@@ -218,6 +247,7 @@ class Completion:
     reason: str
     first_token_s: float | None
     seconds: float
+    logprobs: tuple[Logprob, ...] | None = None
 
 
 class LLM:
@@ -243,6 +273,7 @@ class LLM:
         self.model = load(self.settings)
         self._clock = RealClock()
         self._backend = new_backend(self.model, self.settings, self._clock)
+        self._grammars = Grammars(self.model.tokenizer, self.model.spec.vocab)
 
     def generate(
         self,
@@ -252,6 +283,9 @@ class LLM:
         max_tokens: int = 128,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        logprobs: int | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
     ) -> list[Completion]:
         """Continue each prompt; answers come in the order of the prompts.
 
@@ -261,13 +295,20 @@ class LLM:
             max_tokens: most new tokens of an answer.
             stop: strings before which an answer ends.
             ignore_eos: go on to `max_tokens` whatever the model says.
+            logprobs: how many alternatives to tell the logprobs of beside each token's own, 0 to 20; None for none.
+            json_schema: every answer is JSON that fits this schema, on one line; an answer that reaches `max_tokens` is
+                the beginning of one.
+            regex: every answer fits this regular expression as a whole, likewise.
 
         Raises:
-            UserError: a prompt is empty, or does not fit into `max_model_len` together with its answer.
+            UserError: a prompt is empty, or does not fit into `max_model_len` together with its answer; a schema or a
+                regular expression cannot be followed.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = [tuple(self.model.tokenizer.encode(text)) for text in texts]
-        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos)
+        return self._answers(
+            texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos, logprobs, _source(json_schema, regex)
+        )
 
     def chat(
         self,
@@ -277,6 +318,9 @@ class LLM:
         max_tokens: int = 128,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        logprobs: int | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
     ) -> list[Completion]:
         """Answer one conversation, or several at once, through the model's chat template; else as `generate`.
 
@@ -290,7 +334,9 @@ class LLM:
         conversations: Any = [messages] if one else messages
         texts = [self.model.tokenizer.chat(conversation) for conversation in conversations]
         encoded = [tuple(self.model.tokenizer.encode(text, special=False)) for text in texts]
-        return self._answers(texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos)
+        return self._answers(
+            texts, encoded, sampling, max_tokens, tuple(stop), ignore_eos, logprobs, _source(json_schema, regex)
+        )
 
     def _answers(
         self,
@@ -300,9 +346,13 @@ class LLM:
         max_tokens: int,
         stop: tuple[str, ...],
         ignore_eos: bool,
+        logprobs: int | None,
+        source: GrammarSource | None,
     ) -> list[Completion]:
         require(max_tokens >= 1, "max_tokens", max_tokens, ">= 1")
         require(all(stop), "stop", stop, "strings that are not empty")
+        able = logprobs is None or 0 <= logprobs <= MOST_ALTERNATIVES
+        require(able, "logprobs", logprobs, f"in 0 .. {MOST_ALTERNATIVES}, or None")
         longest = self.settings.longest(self.model.spec)
         for number, prompt in enumerate(encoded):
             if not prompt:
@@ -314,6 +364,7 @@ class LLM:
                     right="shorten it, lower max_tokens or raise max_model_len",
                 )
         how = sampling or Sampling()
+        grammar = None if source is None else self._grammars.compile(source)
         requests = [
             Request(
                 id=number,
@@ -322,6 +373,8 @@ class LLM:
                 sampling=replace(how, seed=how.seed + number),
                 stop_tokens=frozenset() if ignore_eos else self.model.tokenizer.eos_ids,
                 stop=stop,
+                logprobs=logprobs,
+                grammar=grammar,
             )
             for number, prompt in enumerate(encoded)
         ]
@@ -335,6 +388,7 @@ class LLM:
                 reason=answer.reason,
                 first_token_s=None if answer.first_token_s is None else answer.first_token_s - answer.arrived_s,
                 seconds=answer.latency_s,
+                logprobs=answer.logprobs,
             )
             for text, request, answer in zip(texts, requests, answers, strict=True)
         ]
@@ -347,6 +401,14 @@ class LLM:
         engine.close()
         await engine.run()
         return [handle.result() for handle in handles]
+
+
+def _source(json_schema: Mapping[str, Any] | str | None, regex: str | None) -> GrammarSource | None:
+    if json_schema is not None and regex is not None:
+        raise UserError("an answer has one form", field="regex", right="ask for a schema or for a regular expression")
+    if json_schema is not None:
+        return GrammarSource.json_schema(json_schema)
+    return None if regex is None else GrammarSource(kind="regex", text=regex)
 
 
 def _run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:

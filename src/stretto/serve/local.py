@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from stretto.core.clock import RealClock
+from stretto.core.errors import require
 from stretto.models.batching import Segment
 from stretto.models.thread import submit
 from stretto.serve.backend import Pass, PassResult, Row
-from stretto.serve.sampling import sample
+from stretto.serve.choosing import choose
+from stretto.serve.logprobs import Logprob
+from stretto.serve.spare import SpareMemory
 
 if TYPE_CHECKING:
     from stretto.models.kv_packed import Cache
@@ -48,17 +51,23 @@ class LocalBackend:
         model: loaded, ready to run.
         pages, page_tokens: size of the KV cache.
         clock: the engine's.
+        spare_pages: size of the spare memory for requests that are put back.
     """
 
     steps_at_once = 1
 
-    def __init__(self, model: Model, *, pages: int, page_tokens: int, clock: RealClock) -> None:
+    def __init__(self, model: Model, *, pages: int, page_tokens: int, clock: RealClock, spare_pages: int = 0) -> None:
         self._model = model
         self._cache: Cache = model.transformer.new_cache(pages=pages + 1, page_tokens=page_tokens)
         self._clock = clock
         self._lock = threading.Lock()
         self._ahead: _Step | None = None
         self._tables: dict[int, tuple[int, ...]] = {}
+        self._spare: SpareMemory | None = None
+        if spare_pages:
+            require(model.dtype != "int4", "spare_pages", spare_pages, "0 for keys and values in 4 bits")
+            away = model.transformer.new_cache(pages=spare_pages, page_tokens=page_tokens)
+            self._spare = SpareMemory(self._cache, away)
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
         return await asyncio.wrap_future(self._ask(work, steps, news).future)
@@ -95,12 +104,13 @@ class LocalBackend:
     def compute(self, work: Pass) -> PassResult:
         """Carry out one pass here and now, in the thread of the caller."""
         start = self._clock.now
+        if self._spare is not None:
+            self._spare.copy(work)
         self.move(work.moves)
         rows = (*work.prefill, *work.decode)
         self._tables.update((row.id, row.table) for row in rows)
-        tokens = next_tokens(self._model, self._cache, rows, holes=work.holes)
-        found = {row: (token,) for row, token in tokens.items()}
-        return PassResult(tokens=found, spans_s=((start, self._clock.now),))
+        tokens, logprobs = next_tokens(self._model, self._cache, rows, holes=work.holes)
+        return PassResult(tokens=tokens, spans_s=((start, self._clock.now),), logprobs=logprobs)
 
     def move(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Copy the keys and values of whole slots, one after another: (from, to, positions)."""
@@ -121,30 +131,33 @@ class LocalBackend:
 
 
 def _next(work: Pass, tokens: Mapping[int, tuple[int, ...]]) -> Pass | None:
-    """The same rows one token further; None if one of them has come to its end."""
+    """The same rows one token further; None if one has come to its end, or waits for what its grammar allows."""
     rows = []
     for row in work.decode:
         (token,) = tokens[row.id]
-        if token in row.ends:
+        if token in row.ends or row.mask is not None:
             return None
         rows.append(replace(row, tokens=(token,), start=row.start + 1, position=row.position + 1))
     return Pass(step=work.step + 1, prefill=(), decode=tuple(rows), slots=work.slots)
 
 
-def next_tokens(model: Model, cache: Cache, rows: Sequence[Row], *, holes: int = 0) -> dict[int, int]:
-    """One pass over `rows`; the next token of each that draws one. For `holes`, see `lay_out`."""
+def next_tokens(
+    model: Model, cache: Cache, rows: Sequence[Row], *, holes: int = 0
+) -> tuple[dict[int, tuple[int, ...]], dict[int, tuple[Logprob, ...]]]:
+    """One pass over `rows`: the next token of each that draws one, and the logprobs that are asked for.
+
+    For `holes`, see `lay_out`.
+    """
     import torch
 
-    drawn = [(row, row.sampling) for row in rows if row.sampling is not None]
+    drawn = [row for row in rows if row.sampling is not None]
     tokens, segments = lay_out(cache, rows, holes)
-    if model.path != "torch" and all(how.greedy for _, how in drawn):
-        picks = model.transformer.pick(tokens, segments, cache)[: len(drawn)]  # type: ignore[union-attr]
-    else:
-        ids = torch.tensor(tokens, dtype=torch.int64)
-        logits = model.transformer.forward(ids, segments, cache)  # type: ignore[arg-type]
-        kept = logits[: len(drawn)].numpy()
-        picks = sample(kept, [how for _, how in drawn], [row.position for row, _ in drawn]) if drawn else []
-    return {row.id: token for (row, _), token in zip(drawn, picks, strict=True)}
+    if model.path != "torch" and all(row.plain for row in drawn):
+        picks = model.transformer.pick(tokens, segments, cache)  # type: ignore[union-attr]
+        return {row.id: (picks[i],) for i, row in enumerate(drawn)}, {}
+    ids = torch.tensor(tokens, dtype=torch.int64)
+    logits = model.transformer.forward(ids, segments, cache)  # type: ignore[arg-type]
+    return choose(logits[: len(drawn)].numpy(), drawn)
 
 
 def lay_out(cache: Cache, rows: Sequence[Row], holes: int = 0) -> tuple[list[int], list[Segment]]:

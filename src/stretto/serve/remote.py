@@ -61,6 +61,7 @@ class RemoteBackend:
         ranks: int = 1,
         cpus: Sequence[Sequence[int]] | None = None,
         start_timeout_s: float = 120.0,
+        spare_pages: int = 0,
     ) -> RemoteBackend:
         """Start the workers; returns when each has loaded its part and is warm.
 
@@ -72,6 +73,7 @@ class RemoteBackend:
             ranks: how many processes share the model, at most one a KV head.
             cpus: for each rank the CPUs to stay on; None leaves the choice to the system.
             start_timeout_s: for loading, here and after a crash.
+            spare_pages: size of the spare memory for requests that are put back.
 
         Raises:
             UserError: the workers did not get ready; it says why.
@@ -94,6 +96,7 @@ class RemoteBackend:
                 world=ranks,
                 timeout_s=PASS_TIMEOUT_S,
                 cpus=None if cpus is None else tuple(cpus[rank]),
+                spare_pages=spare_pages,
             )
             for rank in range(ranks)
         ]
@@ -169,7 +172,7 @@ class RemoteBackend:
             raise BackendCrash(f"the ranks disagree about the KV pages: {', '.join(one.slots for one in ran)}")
         zero = time.monotonic() - self._clock.now
         start, finish = min(one.span[0] for one in ran), max(one.span[1] for one in ran)
-        return PassResult(tokens=ran[0].tokens, spans_s=((start - zero, finish - zero),))
+        return PassResult(tokens=ran[0].tokens, spans_s=((start - zero, finish - zero),), logprobs=ran[0].logprobs)
 
     def _kill(self) -> None:
         """End the workers now; `_bury` waits until they are gone."""

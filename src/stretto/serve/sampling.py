@@ -73,7 +73,7 @@ def _draw(logits: Floats, how: Sampling, position: int) -> int:
 
 def distribution(logits: Floats, how: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The tokens that may be drawn, most likely first (ties by number), and their probabilities, which sum to 1."""
-    order = _most_likely(logits, how.top_k)
+    order = most_likely(logits, how.top_k)
     scaled = logits[order].astype(np.float64) / how.temperature
     p = np.exp(scaled - scaled[0])
     p /= p.sum()
@@ -87,7 +87,7 @@ def distribution(logits: Floats, how: Sampling) -> tuple[NDArray[np.int64], NDAr
     return order, p / p.sum()
 
 
-def _most_likely(logits: Floats, top_k: int) -> NDArray[np.int64]:
+def most_likely(logits: Floats, top_k: int) -> NDArray[np.int64]:
     """Token numbers by falling logit; all of them, or the first `top_k`."""
     if 0 < top_k < len(logits):
         threshold = np.partition(logits, len(logits) - top_k)[len(logits) - top_k]

@@ -1,19 +1,29 @@
 """The engine's scheduler: a pure policy, events in, decisions out. It never sees a tensor, a clock or a token's value.
 
 Iteration-level scheduling under a token budget (Orca, Yu et al., OSDI 2022; chunked prefill, Sarathi, Agrawal
-et al. 2023) over one pool of KV pages (vLLM, Kwon et al., SOSP 2023). When pages run out, the request that
-joined last is put back to the head of the queue and later recomputed. A decision says for how many steps it
-stays valid, so that both drivers may take them at once.
+et al. 2023) over one pool of KV pages (vLLM, Kwon et al., SOSP 2023). When pages run out, the least urgent request,
+of equals the one that joined last, is put back to the head of its peers in the queue; its pages are computed again
+later, or wait in spare memory until it comes back. A decision says for how many steps it stays valid, so that both
+drivers may take them at once.
+
+Urgency is strict: whoever has a lower `priority` number joins before all others and is put back after them. Among
+equals order is that of arrival. A stream of urgent requests can therefore keep others waiting without end; a deadline
+bounds that wait.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stretto.serve.blocks import BlockPool
+from stretto.serve.decision import Chunk, Decision
 from stretto.serve.joining import JOININGS, Waiting
 from stretto.serve.slots import Reorder, SlotPool
+
+Copy = tuple[int, int, int]
+"""(from, to, positions) of a page."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +39,9 @@ class SchedulerConfig:
         layout: "pages", or "slots", where each page is a slot for one whole request and steps work on a range of them.
         reorder: when holes in the range of slots are closed; see `slots.SlotPool`.
         prefix_cache: whether requests share pages whose texts begin alike, with layout "pages".
+        preemption: what becomes of the pages of a request that is put back: "recompute", or "swap" to spare memory as
+            long as there is room, with layout "pages".
+        spare_pages: how many pages that memory holds.
     """
 
     joining: str
@@ -40,6 +53,8 @@ class SchedulerConfig:
     layout: Literal["pages", "slots"] = "pages"
     reorder: Reorder = "eager"
     prefix_cache: bool = False
+    preemption: Literal["recompute", "swap"] = "recompute"
+    spare_pages: int = 0
 
     @property
     def room(self) -> str:
@@ -49,57 +64,10 @@ class SchedulerConfig:
         return f"the KV pool of {self.pages * self.page_tokens} tokens"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """Prompt positions start .. start+count-1 of one request; `last` if its next token comes out of this pass."""
-
-    id: int
-    start: int
-    count: int
-    last: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decision:
-    """What to do next.
-
-    Attributes:
-        prefill: prompt chunks of this step.
-        decode: requests that each get one token a step.
-        pages: page tables that grew: (id, new pages).
-        preempted: requests whose pages were taken back before this step.
-        moves: requests that change their slot before this step: (id, from, to, positions to copy).
-        slots: the range of slots this step works on, in that layout.
-        steps: for how many steps this holds unless something arrives, finishes or is cancelled.
-        idle_until: nothing to do before this time (seconds); infinity: until an event. None: there is work.
-    """
-
-    prefill: tuple[Chunk, ...] = ()
-    decode: tuple[int, ...] = ()
-    pages: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    preempted: tuple[int, ...] = ()
-    moves: tuple[tuple[int, int, int, int], ...] = ()
-    slots: tuple[int, int] | None = None
-    steps: int = 1
-    idle_until: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "prefill": [[c.id, c.start, c.count, int(c.last)] for c in self.prefill],
-            "decode": list(self.decode),
-            "pages": [[i, list(new)] for i, new in self.pages],
-            "preempted": list(self.preempted),
-            "moves": [list(move) for move in self.moves],
-            "slots": self.slots and list(self.slots),
-            "steps": self.steps,
-            "idle_until": self.idle_until if self.idle_until != float("inf") else "event",
-        }
-
-
 @dataclass(slots=True)
 class _Request:
-    """One live request. `computed` positions have their KV; `produced` tokens are out; its text is `prompt +
-    produced` long; `prefix` has a hash for each full page of its prompt.
+    """One live request. `computed` positions have their KV, in its pages or in spare ones; `produced` tokens are out;
+    its text is `prompt + produced` long; `prefix` has a hash for each full page of its prompt.
     """
 
     id: int
@@ -107,6 +75,7 @@ class _Request:
     prompt: int
     limit: int
     prefix: tuple[str, ...] = ()
+    priority: int = 0
     produced: int = 0
     computed: int = 0
 
@@ -119,14 +88,19 @@ class _Request:
         return self.produced > 0 and self.computed == self.length - 1
 
 
+def by_urgency(requests: Sequence[_Request]) -> list[_Request]:
+    """The urgent ones first, equals in the order given."""
+    return sorted(requests, key=lambda request: request.priority)
+
+
 @dataclass
 class Scheduler:
     """See the module. `apply` takes an event, `decide` gives a decision; `waiting` and `running` are in order.
 
-    Events: {"type": "arrive", "id", "at", "prompt", "limit", "prefix"}, {"type": "ran", "steps", "finished": [ids]}
-    after each decision that was carried out, {"type": "cancel", "id"}, {"type": "lost"} (the backend forgot all KV and
-    the step's results), {"type": "close"} (no more will arrive), {"type": "tick", "at"} (time, where the
-    policy asked to be woken).
+    Events: {"type": "arrive", "id", "at", "prompt", "limit", "prefix", "priority"}, {"type": "ran", "steps",
+    "finished": [ids]} after each decision that was carried out, {"type": "cancel", "id"}, {"type": "expire", "id"} (its
+    deadline has passed), {"type": "lost"} (the backend forgot all KV and the step's results), {"type": "close"} (no
+    more will arrive), {"type": "tick", "at"} (time, where the policy asked to be woken).
     """
 
     config: SchedulerConfig
@@ -135,6 +109,7 @@ class Scheduler:
     waiting: list[_Request] = field(default_factory=list)
     running: list[_Request] = field(default_factory=list)
     preemptions: int = 0
+    swaps: int = 0
 
     def __post_init__(self) -> None:
         c = self.config
@@ -143,6 +118,8 @@ class Scheduler:
             if c.layout == "slots"
             else BlockPool(pages=c.pages, page_tokens=c.page_tokens)
         )
+        swaps = c.preemption == "swap" and c.spare_pages > 0
+        self.spare = BlockPool(pages=c.spare_pages, page_tokens=c.page_tokens) if swaps else None
         self.joining = JOININGS[c.joining](slots=c.slots, max_wait_s=c.max_wait_s)
         self._last = Decision()
 
@@ -158,9 +135,16 @@ class Scheduler:
 
     def _on_arrive(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
-        request = _Request(event["id"], event["at"], event["prompt"], event["limit"], tuple(event.get("prefix", ())))
+        request = _Request(
+            event["id"],
+            event["at"],
+            event["prompt"],
+            event["limit"],
+            tuple(event.get("prefix", ())),
+            event.get("priority", 0),
+        )
         assert self.can_ever_fit(request.prompt, request.limit), f"request {request.id} can never fit"
-        self.waiting.append(request)
+        self.waiting = by_urgency([*self.waiting, request])
 
     def _on_ran(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
@@ -187,14 +171,20 @@ class Scheduler:
     def _on_cancel(self, event: dict[str, Any]) -> None:
         self._drop({event["id"]})
         self.waiting = [r for r in self.waiting if r.id != event["id"]]
+        if self.spare is not None:
+            self.spare.release(event["id"])
+
+    _on_expire = _on_cancel
 
     def _on_lost(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
         self.pool.release_all()
-        for request in self.running:
-            request.computed = 0
-        self.waiting = self.running + self.waiting
+        if self.spare is not None:
+            self.spare.release_all()
+        self.waiting = by_urgency(self.running + self.waiting)
         self.running = []
+        for request in self.waiting:
+            request.computed = 0
 
     def _on_close(self, event: dict[str, Any]) -> None:
         self.closed = True
@@ -217,12 +207,15 @@ class Scheduler:
     def next_decision(self) -> Decision:
         """What to do now. Changes the state: joins, page tables and preemptions are settled here."""
         grown: dict[int, tuple[int, ...]] = {}
-        preempted = self._grow_decoders(grown)
+        preempted, swap_out = self._grow_decoders(grown)
+        swap_in: list[Copy] = []
         if not preempted:
             self._admit()
+            swap_in = self._bring_back(grown)
         prefill = self._fill(grown)
         decode = tuple(r.id for r in self.running if r.decoding)
         if not prefill and not decode:
+            assert not [*swap_out, *swap_in], "pages are to be copied, but there is no pass"
             self._last = Decision(preempted=preempted, idle_until=self._idle_until())
         else:
             moves, slots = self._close_holes()
@@ -234,38 +227,68 @@ class Scheduler:
                 moves=moves,
                 slots=slots,
                 steps=1 if prefill else self._valid_steps(),
+                swap_out=tuple(swap_out),
+                swap_in=tuple(swap_in),
             )
         return self._last
 
-    def _grow_decoders(self, grown: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
-        """Give each decoding request the page for its next position, taking from the last joined when none is free."""
+    def _grow_decoders(self, grown: dict[int, tuple[int, ...]]) -> tuple[tuple[int, ...], list[Copy]]:
+        """Give each decoding request the page for its next position, taking from the least urgent when none is free."""
         preempted: list[int] = []
-        for request in list(self.running):
+        copies: list[Copy] = []
+        for request in by_urgency(self.running):
             if request.id in preempted or not request.decoding:
                 continue
             while not self.pool.can_allocate(request.id, request.length):
-                victim = self.running[-1]
+                victim = max(reversed(self.running), key=lambda r: r.priority)
                 preempted.append(victim.id)
                 grown.pop(victim.id, None)
-                self._preempt(victim)
+                copies += self._preempt(victim)
                 if victim is request:
                     break
             else:
                 self._allocate(request, request.length, grown)
-        return tuple(preempted)
+        return tuple(preempted), copies
 
-    def _preempt(self, victim: _Request) -> None:
+    def _preempt(self, victim: _Request) -> list[Copy]:
+        """Put a request back; the pages to copy, if its own find room in spare memory."""
         self.preemptions += 1
+        copies: list[Copy] = []
+        if self.spare is not None and victim.computed and self.spare.can_allocate(victim.id, victim.computed):
+            copies = self._copies(self.pool.table(victim.id), self.spare.allocate(victim.id, victim.computed), victim)
+            self.swaps += 1
+        else:
+            victim.computed = 0
         self.pool.release(victim.id)
         self.running.remove(victim)
-        victim.computed = 0
-        self.waiting.insert(0, victim)
+        self.waiting = by_urgency([victim, *self.waiting])
+        return copies
+
+    def _bring_back(self, grown: dict[int, tuple[int, ...]]) -> list[Copy]:
+        """Give those who come back from spare memory their pages; what the pool still has of them is not copied."""
+        if self.spare is None:
+            return []
+        copies: list[Copy] = []
+        for request in self.running:
+            away = self.spare.table(request.id)
+            if away:
+                there = self.pool.adopt(request.id, request.prefix[: request.computed // self.config.page_tokens])
+                if there:
+                    grown[request.id] = there
+                self._allocate(request, request.length if request.decoding else request.computed, grown)
+                copies += self._copies(away, self.pool.table(request.id), request)[len(there) :]
+                self.spare.release(request.id)
+        return copies
+
+    def _copies(self, sources: Sequence[int], targets: Sequence[int], request: _Request) -> list[Copy]:
+        page = self.config.page_tokens
+        left = range(request.computed, 0, -page)
+        return [(source, target, min(page, n)) for source, target, n in zip(sources, targets, left, strict=False)]
 
     def _admit(self) -> None:
         if not self.waiting or len(self.running) >= self.config.slots:
             return
-        seen = [Waiting(id=r.id, arrived_s=r.arrived_s, prompt=r.prompt, limit=r.limit) for r in self.waiting]
-        chosen = self.joining.join(seen, len(self.running), self.now_s, self.closed)
+        chosen = self.joining.join(self._seen(), len(self.running), self.now_s, self.closed)
         by_id = {r.id: r for r in self.waiting}
         promised = sum(self.pool.missing(r.id, r.length) for r in self.running)
         admitted = set()
@@ -278,33 +301,48 @@ class Scheduler:
         self.waiting = [r for r in self.waiting if r.id not in admitted]
 
     def _fill(self, grown: dict[int, tuple[int, ...]]) -> tuple[Chunk, ...]:
-        """Prompt chunks in order of joining, within the step's budget of prompt tokens and the free pages."""
+        """Prompt chunks, urgent ones first, within the step's budget of prompt tokens and the free pages."""
         budget = self.config.prefill_tokens
         chunks = []
-        for request in self.running:
+        coming: set[str] = set()
+        for request in by_urgency(self.running):
             if request.decoding or not budget:
                 continue
+            shares = False
             if not request.computed and request.prefix and not self.pool.table(request.id):
-                self._share(request, grown)
+                if self._sees_coming(request, coming):
+                    continue
+                shares = self._share(request, grown)
             left = request.length - request.computed
             count = min(left, budget)
             if not self.pool.can_allocate(request.id, request.computed + count):
-                if grown.pop(request.id, ()):  # what it shares is of no use yet
+                if shares:  # what it shares is of no use yet
+                    del grown[request.id]
                     self.pool.release(request.id)
                     request.computed = 0
                 break
             self._allocate(request, request.computed + count, grown)
             chunks.append(Chunk(id=request.id, start=request.computed, count=count, last=count == left))
+            coming.update(request.prefix[request.computed // self.config.page_tokens :])
             budget -= count
         return tuple(chunks)
 
-    def _share(self, request: _Request, grown: dict[int, tuple[int, ...]]) -> None:
-        """Let a newcomer start behind what others have computed of the same text; its last token is always its own."""
-        page = self.config.page_tokens
-        found = self.pool.adopt(request.id, request.prefix[: (request.length - 1) // page])
+    def _sees_coming(self, request: _Request, coming: set[str]) -> bool:
+        """Whether the first page that a newcomer lacks is being computed by one ahead of it, for which it waits."""
+        lacking = (content for content in self._sharable(request) if not self.pool.knows(content))
+        return next(lacking, None) in coming
+
+    def _sharable(self, request: _Request) -> tuple[str, ...]:
+        """The pages that it may take over: its last token is always its own, since something must be computed."""
+        return request.prefix[: (request.length - 1) // self.config.page_tokens]
+
+    def _share(self, request: _Request, grown: dict[int, tuple[int, ...]]) -> bool:
+        """Let a newcomer start behind what others have computed of the same text; whether there is any of it."""
+        found = self.pool.adopt(request.id, self._sharable(request))
         if found:
-            request.computed = len(found) * page
+            request.computed = len(found) * self.config.page_tokens
             grown[request.id] = found
+        return bool(found)
 
     def _close_holes(self) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[int, int] | None]:
         """The moves that the layout asks for, and the range that the step works on; newcomers filled holes before."""
@@ -333,6 +371,23 @@ class Scheduler:
         )
 
     def _idle_until(self) -> float:
-        seen = [Waiting(id=r.id, arrived_s=r.arrived_s, prompt=r.prompt, limit=r.limit) for r in self.waiting]
-        wake = self.joining.wake_s(seen, len(self.running))
+        wake = self.joining.wake_s(self._seen(), len(self.running))
         return float("inf") if wake is None else wake
+
+    def _seen(self) -> list[Waiting]:
+        """Who waits, as joining policies see it."""
+        return [
+            Waiting(id=r.id, arrived_s=r.arrived_s, prompt=r.prompt, limit=r.limit, priority=r.priority)
+            for r in self.waiting
+        ]
+
+    def audit(self) -> None:
+        """Check the pools, and that spare pages are held by those alone who wait for them, whole."""
+        self.pool.audit()
+        if self.spare is None:
+            return
+        self.spare.audit()
+        away = {r.id: len(self.spare.table(r.id)) for r in self.waiting if self.spare.table(r.id)}
+        assert sum(away.values()) == self.spare.held, "spare pages are held by nobody who waits"
+        whole = {r.id: -(-r.computed // self.config.page_tokens) for r in self.waiting if r.computed}
+        assert away == whole, "what waits is not in spare memory as a whole"

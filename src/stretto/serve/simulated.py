@@ -79,7 +79,7 @@ class SimulatedBackend:
             seconds = [self._cost.prefill_s(chunks, contexts)]
         else:
             seconds = self._cost.decode_s(contexts, min(steps, min(map(self._left, yields))))
-        seconds[0] += self._cost.move_s(sum(positions for _, _, positions in work.moves))
+        seconds[0] += self._cost.move_s(work.copied)
         if self._shared is None:
             spans = await self._take_time(self._spans(seconds, self._host_s(len(contexts))), news)
         else:

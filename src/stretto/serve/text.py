@@ -22,6 +22,11 @@ class AnswerText:
         self._ended = False
         self.text = ""
 
+    @property
+    def length(self) -> int:
+        """Characters of whole pieces, given out or held back: where the text of the next token begins."""
+        return len(self.text) + len(self._held)
+
     def push(self, token: int) -> bool:
         """Take one token; true if a stop string is complete, which then is not part of the text."""
         return self._take(self._stream.push(token))

@@ -5,20 +5,23 @@ question has one answer, in order:
 
 - `{"set_up": {...}}`, the fields of `SetUp`: `{"ready": true}`, or `{"error": "..."}` in words for the user.
 - `{"run": {...}}`, a pass: `{"tokens": [[request, [token, ...]], ...], "span": [start, finish], "slots": "..."}` with
-  instants of `time.monotonic()` and the digest of `SlotMap`; only rank 0 has tokens.
+  instants of `time.monotonic()` and the digest of `SlotMap`; only rank 0 has tokens. Beside them, for rows that ask,
+  `"logprobs": [[request, [[token, logprob, [[token, logprob], ...]], ...]], ...]`.
 - `{"quit": true}`, or the end of the input: no answer, the worker ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
 from stretto.core.errors import require
 from stretto.serve.backend import Pass, Row
+from stretto.serve.logprobs import Logprob
 from stretto.serve.sampling import Sampling
 
 MAX_FRAME_BYTES = 64 * 2**20
@@ -34,6 +37,7 @@ class SetUp:
     Attributes:
         model, dtype, path, threads: as `load_model` takes them.
         pages, page_tokens: size of the KV cache.
+        spare_pages: size of the spare memory for requests that are put back.
         rank, world: which part of the model is its own.
         rendezvous: the file over which the ranks meet; None if there is one rank.
         timeout_s: how long to wait for another rank.
@@ -46,6 +50,7 @@ class SetUp:
     pages: int
     page_tokens: int
     path: str = "torch"
+    spare_pages: int = 0
     rank: int = 0
     world: int = 1
     rendezvous: str | None = None
@@ -74,14 +79,17 @@ class Ran:
         tokens: the tokens drawn, by request.
         span: start and finish, of `time.monotonic()`.
         slots: what this rank believes to be in its pages, as a digest.
+        logprobs: those that were asked for, by request.
     """
 
     tokens: Mapping[int, tuple[int, ...]]
     span: tuple[float, float]
     slots: str
+    logprobs: Mapping[int, tuple[Logprob, ...]] = field(default_factory=dict)
 
     def to_json(self) -> Frame:
-        return {"tokens": list(self.tokens.items()), "span": self.span, "slots": self.slots}
+        logprobs = [(i, [(one.token, one.logprob, one.top) for one in found]) for i, found in self.logprobs.items()]
+        return {"tokens": list(self.tokens.items()), "span": self.span, "slots": self.slots, "logprobs": logprobs}
 
     @classmethod
     def from_json(cls, answer: Mapping[str, Any]) -> Ran:
@@ -89,9 +97,17 @@ class Ran:
         try:
             tokens = {int(request): tuple(int(token) for token in drawn) for request, drawn in answer["tokens"]}
             start, finish = answer["span"]
-            return cls(tokens=tokens, span=(float(start), float(finish)), slots=str(answer["slots"]))
+            logprobs = {int(i): tuple(_logprob(one) for one in found) for i, found in answer.get("logprobs", ())}
+            if any(len(found) != len(tokens[i]) for i, found in logprobs.items()):
+                raise ValueError("tokens and logprobs differ in number")
+            return cls(tokens=tokens, span=(float(start), float(finish)), slots=str(answer["slots"]), logprobs=logprobs)
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"no answer to a pass: {str(answer)[:200]}") from None
+
+
+def _logprob(fields: Sequence[Any]) -> Logprob:
+    token, logprob, top = fields
+    return Logprob(token=int(token), logprob=float(logprob), top=tuple((int(t), float(p)) for t, p in top))
 
 
 def pass_to_json(work: Pass) -> Frame:
@@ -102,6 +118,8 @@ def pass_to_json(work: Pass) -> Frame:
         "decode": [_row_to_json(row) for row in work.decode],
         "moves": work.moves,
         "slots": work.slots,
+        "swap_out": work.swap_out,
+        "swap_in": work.swap_in,
     }
 
 
@@ -110,9 +128,15 @@ def pass_from_json(fields: Mapping[str, Any]) -> Pass:
         step=fields["step"],
         prefill=tuple(_row_from_json(row) for row in fields["prefill"]),
         decode=tuple(_row_from_json(row) for row in fields["decode"]),
-        moves=tuple((source, target, positions) for source, target, positions in fields["moves"]),
+        moves=_copies(fields["moves"]),
         slots=None if fields["slots"] is None else (fields["slots"][0], fields["slots"][1]),
+        swap_out=_copies(fields["swap_out"]),
+        swap_in=_copies(fields["swap_in"]),
     )
+
+
+def _copies(fields: Sequence[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((source, target, positions) for source, target, positions in fields)
 
 
 def _row_to_json(row: Row) -> Frame:
@@ -123,6 +147,8 @@ def _row_to_json(row: Row) -> Frame:
         "table": row.table,
         "sampling": None if row.sampling is None else asdict(row.sampling),
         "position": row.position,
+        "logprobs": row.logprobs,
+        "mask": None if row.mask is None else base64.b64encode(row.mask).decode("ascii"),
     }
 
 
@@ -134,6 +160,8 @@ def _row_from_json(fields: Mapping[str, Any]) -> Row:
         table=tuple(fields["table"]),
         sampling=None if fields["sampling"] is None else Sampling(**fields["sampling"]),
         position=fields["position"],
+        logprobs=fields["logprobs"],
+        mask=None if fields["mask"] is None else base64.b64decode(fields["mask"]),
     )
 
 

@@ -30,18 +30,21 @@ from stretto.serve.wire import Frame, Ran, SetUp, pack, pass_from_json, read
 
 
 class SlotMap:
-    """What a rank believes to be in each KV page: whose positions, and how many of them.
+    """What a rank believes to be in each KV page, and behind them in each spare one: whose positions, and how many.
 
     Ranks that have carried out the same passes in the same order have the same digest.
     """
 
-    def __init__(self, *, pages: int, page_tokens: int) -> None:
+    def __init__(self, *, pages: int, page_tokens: int, spare_pages: int = 0) -> None:
         self._page_tokens = page_tokens
-        self._pages = np.full((pages, 2), -1, dtype=np.int64)
+        self._spare = pages
+        self._pages = np.full((pages + spare_pages, 2), -1, dtype=np.int64)
 
     def note(self, work: Pass) -> None:
         """Follow what a pass moves and writes."""
-        for source, target, positions in work.moves:
+        away = [(page, self._spare + spare, positions) for page, spare, positions in work.swap_out]
+        back = [(self._spare + spare, page, positions) for spare, page, positions in work.swap_in]
+        for source, target, positions in (*away, *back, *work.moves):
             owner, written = self._pages[source]
             self._pages[target] = owner, min(written, positions)
         for row in (*work.prefill, *work.decode):
@@ -78,8 +81,9 @@ class Worker:
             )
         model = load_model(set_up.model, dtype=set_up.dtype, threads=set_up.threads, shard=shard, path=set_up.path)
         warm_up(model)
-        self._backend = LocalBackend(model, pages=set_up.pages, page_tokens=set_up.page_tokens, clock=RealClock())
-        self._slots = SlotMap(pages=set_up.pages, page_tokens=set_up.page_tokens)
+        size = {"pages": set_up.pages, "page_tokens": set_up.page_tokens, "spare_pages": set_up.spare_pages}
+        self._backend = LocalBackend(model, clock=RealClock(), **size)
+        self._slots = SlotMap(**size)
         self._draws = set_up.rank == 0
 
     def run(self, work: Pass) -> Ran:
@@ -88,7 +92,9 @@ class Worker:
         result = self._backend.compute(work)
         span = (start, time.monotonic())
         self._slots.note(work)
-        return Ran(tokens=result.tokens if self._draws else {}, span=span, slots=self._slots.digest)
+        if not self._draws:
+            return Ran(tokens={}, span=span, slots=self._slots.digest)
+        return Ran(tokens=result.tokens, span=span, slots=self._slots.digest, logprobs=result.logprobs)
 
 
 class Desk:

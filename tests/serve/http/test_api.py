@@ -64,7 +64,8 @@ def test_a_chat_answer_has_the_form_of_openai(client: httpx.Client) -> None:
     assert body["choices"][0]["message"]["role"] == "assistant"
     assert body["choices"][0]["finish_reason"] == "length"
     prompt = len("user:ab;>")
-    details = {"cached_tokens": 0}
+    why = "pages of 32 tokens are shared, and the prompt goes beyond none"
+    details = {"cached_tokens": 0, "not_cached_because": why}
     assert body["usage"] == {
         "prompt_tokens": prompt,
         "completion_tokens": 5,
@@ -277,6 +278,23 @@ def test_prompts_that_begin_alike_are_computed_once(server: Running, client: htt
     answer = post(client, RESPONSES, input="xyz" * 30, max_output_tokens=3)
     again = post(client, RESPONSES, input="xyz" * 30, max_output_tokens=3)
     assert [one["usage"]["input_tokens_details"]["cached_tokens"] for one in (answer, again)] == [0, 96]
+
+
+def test_answers_to_one_prompt_share_its_pages_though_they_come_at_once(server: Running, client: httpx.Client) -> None:
+    prompt = "shared" * 20
+    before = metric_values(client)["stretto:prompt_tokens_total", ""]
+    body = post(client, TEXT, prompt=prompt, n=4, max_tokens=6, temperature=2.0, seed=3)
+    until(server.idle)
+    assert metric_values(client)["stretto:prompt_tokens_total", ""] - before == 120 + 3 * 24
+    assert body["usage"]["prompt_tokens"] == 120
+    why = "no prompt kept here begins with the same 32 tokens"
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "not_cached_because": why}
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert len({choice["text"] for choice in body["choices"]}) == 4
+    for index, choice in enumerate(body["choices"]):
+        alone = post(client, TEXT, prompt=prompt, max_tokens=6, temperature=2.0, seed=3 + index)
+        assert alone["choices"][0]["text"] == choice["text"]
+        assert alone["usage"]["prompt_tokens_details"] == {"cached_tokens": 96}
 
 
 def test_the_live_view_shows_rows_and_passes(server: Running, client: httpx.Client) -> None:

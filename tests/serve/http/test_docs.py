@@ -59,10 +59,12 @@ def test_the_official_client(server: Running, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_offline_class(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [code] = [block for block in blocks("python") if "stretto.LLM" in block]
     kind = stretto.LLM
     monkeypatch.setattr(stretto, "LLM", lambda model, **o: kind(str(chat_folder), dtype="fp32", threads=1, **o))
-    exec(compile(code, "serving.md", "exec"), {})
+    codes = [block for block in blocks("python") if "stretto.LLM" in block]
+    assert len(codes) == 2
+    for code in codes:
+        exec(compile(code, "serving.md", "exec"), {})
 
 
 def test_the_configuration_file(tmp_path: Path) -> None:

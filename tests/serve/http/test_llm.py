@@ -9,7 +9,10 @@ import pytest
 
 import stretto
 from stretto.core.errors import FieldError, UserError
+from stretto.serve.engine import Engine
+from stretto.serve.handle import Handle, TextStream
 from stretto.serve.llm import EngineSettings
+from stretto.serve.request import Request
 from stretto.serve.sampling import Sampling
 
 from .conftest import Running
@@ -78,6 +81,8 @@ def test_mistakes_are_told(llm: stretto.LLM, chat_folder: Path) -> None:
         llm.generate("ab", max_tokens=0)
     with pytest.raises(FieldError, match="stop"):
         llm.generate("ab", stop=[""])
+    with pytest.raises(FieldError, match=r"pool_tokens is 90; it must be at least 100"):
+        stretto.LLM(str(chat_folder), dtype="fp32", threads=1, max_model_len=100, pool_tokens=90)
     with pytest.raises(FieldError, match="at most 256"):
         stretto.LLM(str(chat_folder), dtype="fp32", threads=1, max_model_len=257)
 
@@ -90,6 +95,28 @@ def test_the_pool_holds_the_longest_request_in_every_slot(chat_folder: Path) -> 
     assert (fused.pages, fused.page_tokens) == (3, 100)
     answers = small.generate(["a" * 10] * 5, max_tokens=90, ignore_eos=True)
     assert {len(answer.tokens) for answer in answers} == {90}
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_a_smaller_pool_puts_requests_back_and_changes_no_answer(chat_folder: Path, preemption: str) -> None:
+    size = {"slots": 4, "max_model_len": 100, "pool_tokens": 192, "spare_tokens": 200}
+    small = stretto.LLM(str(chat_folder), dtype="fp32", threads=1, preemption=preemption, **size)
+    roomy = stretto.LLM(str(chat_folder), dtype="fp32", threads=1, slots=4, max_model_len=100)
+    schedulers = []
+    submit = Engine.submit
+
+    def noting(self: Engine, request: Request, stream: TextStream | None = None) -> Handle:
+        schedulers.append(self.scheduler)
+        return submit(self, request, stream)
+
+    asked = {"max_tokens": 85, "ignore_eos": True, "sampling": Sampling(temperature=2.0, seed=1)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "submit", noting)
+        answers = small.generate(["abcdefg", "hij", "klm", "no"], **asked)  # type: ignore[arg-type]
+    expected = roomy.generate(["abcdefg", "hij", "klm", "no"], **asked)  # type: ignore[arg-type]
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert schedulers[0].preemptions > 0
+    assert (schedulers[0].swaps > 0) == (preemption == "swap")
 
 
 def test_what_exceeds_the_memory_is_refused(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +136,10 @@ def test_what_exceeds_the_memory_is_refused(chat_folder: Path, monkeypatch: pyte
         {"prefill_tokens": 0},
         {"joining": "static"},
         {"joining": "other"},
+        {"preemption": "none"},
+        {"pool_tokens": 0},
+        {"pool_tokens": 5000, "layout": "slots"},
+        {"spare_tokens": -1},
     ],
 )
 def test_settings_are_checked(wrong: dict[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,27 @@ def test_responses(client: Any) -> None:
         assert text == stream.get_final_response().output_text == answer.output_text
 
 
+def test_structured_outputs(client: Any) -> None:
+    properties = {"city": {"type": "string", "maxLength": 20}, "large": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
+    asked: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_completion_tokens": 40}
+    answer = client.chat.completions.create(**asked, response_format=form)
+    assert set(json.loads(answer.choices[0].message.content)) == {"city", "large"}
+    text = {"format": {"type": "json_schema", "name": "city", "schema": schema}}
+    said = client.responses.create(model=MODEL, input="Name a city.", max_output_tokens=40, text=text)
+    assert set(json.loads(said.output_text)) == {"city", "large"}
+
+
+def test_logprobs(client: Any) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_completion_tokens": 8}
+    [choice] = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3).choices
+    assert "".join(item.token for item in choice.logprobs.content) == choice.message.content
+    assert all(item.top_logprobs[0].token == item.token for item in choice.logprobs.content)
+    answer = client.completions.create(model=MODEL, prompt="The capital of France is", max_tokens=4, logprobs=2)
+    assert len(answer.choices[0].logprobs.tokens) == len(answer.choices[0].logprobs.top_logprobs) <= 4
+
+
 def test_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
@@ -93,7 +115,7 @@ def test_errors_become_the_clients_own(client: Any, server: Running) -> None:
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     with pytest.raises(openai.BadRequestError, match="not supported yet"):
-        client.chat.completions.create(model=MODEL, messages=QUESTION, logprobs=True)
+        client.chat.completions.create(model=MODEL, messages=QUESTION, presence_penalty=0.5)
 
 
 def test_who_closes_a_stream_frees_its_slot(client: Any, server: Running) -> None:

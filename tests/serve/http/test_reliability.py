@@ -92,6 +92,48 @@ def test_who_leaves_the_queue_never_runs(slow: Running) -> None:
     assert slow.service.engine.steps < 50
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_answer_ends_at_its_deadline(slow: Running, streamed: bool) -> None:
+    with slow.client() as client:
+        start = time.perf_counter()
+        reply = client.post(TEXT, json=body(200, timeout=0.3, stream=streamed))
+        assert 0.3 <= time.perf_counter() - start < 2.0
+        assert reply.status_code == (200 if streamed else 504)
+        last = reply.text.strip().splitlines()[-3].removeprefix("data: ") if streamed else reply.text
+        assert json.loads(last)["error"]["code"] == "deadline_exceeded"
+        until(slow.idle, 2)
+        assert 'finished_reason="deadline",model_name="tiny"} 1.0' in client.get("/metrics").text
+        assert client.post(TEXT, json=body(3, timeout=5)).status_code == 200
+
+
+def test_who_waits_beyond_its_deadline_never_runs_and_the_urgent_go_first(slow: Running) -> None:
+    others = Background(slow)
+    for _ in range(2):
+        others.post(60)
+    started: list[str] = []
+
+    def ask(name: str, **more: Any) -> None:
+        with slow.client() as client:
+            reply = client.post(TEXT, json=body(1, **more))
+            started.append(f"{name} {reply.status_code}")
+
+    threads = []
+    for name, more in (("late", {"timeout": 0.3}), ("patient", {"priority": 3})):
+        live = slow.service.live
+        threads.append(threading.Thread(target=ask, args=(name,), kwargs=more))
+        threads[-1].start()
+        until(lambda live=live: slow.service.live > live)  # type: ignore[misc]
+    until(lambda: started == ["late 504"], 2)
+    threads.append(threading.Thread(target=ask, args=("urgent",), kwargs={"priority": -3}))
+    threads[-1].start()
+    until(lambda: len(slow.service.engine.scheduler.waiting) == 2, 2)
+    assert [request.priority for request in slow.service.engine.scheduler.waiting] == [-3, 3]
+    assert others.wait() == [200, 200]
+    for thread in threads:
+        thread.join(20)
+    assert sorted(started) == ["late 504", "patient 200", "urgent 200"]
+
+
 def test_a_full_queue_says_when_to_come_back(slow: Running) -> None:
     others = Background(slow)
     for _ in range(4):

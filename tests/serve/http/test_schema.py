@@ -16,7 +16,7 @@ schemathesis = pytest.importorskip("schemathesis")
 
 POSTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
 READ = ("/v1/models", "/v1/models/{name}", "/health", "/metrics", "/version", "/v1/stretto/live")
-ORDINARY, THOROUGH = 100, 1000
+ORDINARY, THOROUGH = 25, 1000
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,10 @@ def attack(schema: Any, server: Running, path: str, method: str, mode: Any, exam
     @given(case=operation.as_strategy(generation_mode=mode))
     def holds(case: Any) -> None:
         reply = case.call(base_url=server.url, timeout=20)
+        if reply.status_code == 504:
+            assert reply.json()["error"]["code"] == "deadline_exceeded"
+            assert case.body["timeout"] < 20
+            return
         seen.add(reply.status_code)
         case.validate_response(reply, checks=checks)
 

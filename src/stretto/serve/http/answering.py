@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from stretto.serve.engine import Handle
+from stretto.serve.handle import Handle
 from stretto.serve.http.errors import ApiError
+from stretto.serve.http.logprobs import Entries
 from stretto.serve.http.replies import Reply
 from stretto.serve.http.service import Service
 from stretto.serve.request import Answer
@@ -30,6 +32,10 @@ def problem_of(answers: Sequence[Answer]) -> ApiError | None:
     reasons = {answer.reason for answer in answers}
     if "failed" in reasons:
         return ApiError(500, "the engine could not compute this answer; try again", code="engine_failed")
+    if "deadline" in reasons:
+        return ApiError(504, "the answer was not done within its timeout", code="deadline_exceeded")
+    if "grammar" in reasons:
+        return ApiError(400, "the grammar of this answer became too complex to follow", code="grammar_too_complex")
     if "cancelled" in reasons:
         return ApiError(503, "this server shut down before the answer was done", code="draining", retry_after_s=1)
     return None
@@ -87,7 +93,7 @@ class Stream(Response):
         async with aclosing(_merged(self._handles)) as pieces:
             async for index, piece in pieces:
                 if piece is not None:
-                    events = reply.piece(index, piece)
+                    events = reply.piece(index, piece.text, piece.entries)
                 else:
                     answer = self._handles[index].result()
                     problem = problem_of([answer])
@@ -106,13 +112,22 @@ async def _all_of(handles: Sequence[Handle]) -> list[Answer]:
     return [await handle.answer() for handle in handles]
 
 
-async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, str | None], None]:
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    text: str
+    entries: Entries
+
+
+async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, _Piece | None], None]:
     """(index, piece) of all answers as they come, and (index, None) when one ends."""
-    queue: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, _Piece | None]] = asyncio.Queue()
 
     async def pump(index: int, handle: Handle) -> None:
-        async for piece in handle:
-            queue.put_nowait((index, piece))
+        given = 0
+        async for text in handle:
+            entries = handle.logprobs_between(given, given + len(text))
+            queue.put_nowait((index, _Piece(text, entries)))
+            given += len(text)
         queue.put_nowait((index, None))
 
     pumps = [asyncio.create_task(pump(index, handle)) for index, handle in enumerate(handles)]

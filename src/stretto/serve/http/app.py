@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from stretto.serve.http.answering import Stream, Whole
 from stretto.serve.http.body import BoundedRoute
 from stretto.serve.http.errors import ApiError, error_response, invalid
+from stretto.serve.http.logprobs import Speller
 from stretto.serve.http.metrics import CONTENT_TYPE
 from stretto.serve.http.middleware import Around, note_of
 from stretto.serve.http.replies import ChatReply, CompletionReply, Reply, ResponsesReply
@@ -104,7 +105,7 @@ async def chat_completions(body: ChatRequest, request: Request, service: Here) -
     choices = body.n or 1
     _begin(service, body, choices)
     prompt = await service.encode_chat(body.messages)
-    ask = _ask(body, [prompt], choices=choices, limit=body.limit)
+    ask = await _ask(service, body, [prompt], choices=choices, limit=body.limit)
     reply = ChatReply(
         name=f"chatcmpl-{secrets.token_hex(12)}",
         model=service.settings.model_name,
@@ -113,6 +114,7 @@ async def chat_completions(body: ChatRequest, request: Request, service: Here) -
         prompts=1,
         choices=choices,
         include_usage=_wants_usage(body.stream_options),
+        speller=_speller(service, ask),
     )
     return _answer(request, service, ask, reply, stream=body.stream)
 
@@ -125,7 +127,7 @@ async def completions(body: CompletionRequest, request: Request, service: Here) 
         raise ApiError(400, "prompt: there is none in the list", param="prompt", code="invalid_value")
     _begin(service, body, len(given) * choices)
     prompts = [await service.encode(p) if isinstance(p, str) else tuple(p) for p in given]
-    ask = _ask(body, prompts, choices=choices, limit=body.limit)
+    ask = await _ask(service, body, prompts, choices=choices, limit=body.limit)
     reply = CompletionReply(
         name=f"cmpl-{secrets.token_hex(12)}",
         model=service.settings.model_name,
@@ -134,6 +136,7 @@ async def completions(body: CompletionRequest, request: Request, service: Here) 
         prompts=len(prompts),
         choices=len(prompts) * choices,
         include_usage=_wants_usage(body.stream_options),
+        speller=_speller(service, ask),
     )
     return _answer(request, service, ask, reply, stream=body.stream)
 
@@ -143,7 +146,7 @@ async def responses(body: ResponsesRequest, request: Request, service: Here) -> 
     """Answer a conversation, in the form of the Responses API; nothing is stored."""
     _begin(service, body, 1)
     prompt = await service.encode_chat(body.messages())
-    ask = _ask(body, [prompt], choices=1, limit=body.max_output_tokens)
+    ask = await _ask(service, body, [prompt], choices=1, limit=body.max_output_tokens)
     reply = ResponsesReply(
         name=secrets.token_hex(12),
         model=service.settings.model_name,
@@ -154,7 +157,9 @@ async def responses(body: ResponsesRequest, request: Request, service: Here) -> 
             "max_output_tokens": body.max_output_tokens,
             "temperature": ask.sampling.temperature,
             "top_p": ask.sampling.top_p,
+            "text": {"format": {"type": "text"}} if body.text is None else body.text.model_dump(by_alias=True),
         },
+        speller=_speller(service, ask),
     )
     return _answer(request, service, ask, reply, stream=body.stream)
 
@@ -171,7 +176,9 @@ def _check_model(service: Service, name: str | None) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _ask(body: Generation, prompts: Sequence[tuple[int, ...]], *, choices: int, limit: int | None) -> Ask:
+async def _ask(
+    service: Service, body: Generation, prompts: Sequence[tuple[int, ...]], *, choices: int, limit: int | None
+) -> Ask:
     return Ask(
         prompts=tuple(prompts),
         choices=choices,
@@ -179,7 +186,15 @@ def _ask(body: Generation, prompts: Sequence[tuple[int, ...]], *, choices: int, 
         sampling=body.sampling(),
         stop=body.stops(),
         ignore_eos=bool(body.ignore_eos),
+        logprobs=body.alternatives,
+        priority=body.priority or 0,
+        deadline_s=body.timeout,
+        grammar=await service.compiler.grammar(body.wanted()),
     )
+
+
+def _speller(service: Service, ask: Ask) -> Speller | None:
+    return None if ask.logprobs is None else service.speller
 
 
 def _wants_usage(options: StreamOptions | None) -> bool:

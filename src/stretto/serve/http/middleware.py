@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stretto.core.clock import RealClock
-from stretto.serve.engine import Handle
+from stretto.serve.handle import Handle
 from stretto.serve.http.errors import ApiError, error_response
 from stretto.serve.http.settings import ServerSettings
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from stretto.serve.http.errors import ApiError
+from stretto.serve.http.logprobs import Entries, Speller, entries_of
 from stretto.serve.request import Answer
 
 DONE = "data: [DONE]\n\n"
@@ -22,16 +23,22 @@ def event(value: Any, name: str | None = None) -> str:
     return f"{head}data: {json.dumps(value, separators=(',', ':'), allow_nan=False)}\n\n"
 
 
+def cached_details(cached: int, first: Answer) -> dict[str, Any]:
+    """How much of the prompts was found in the prefix cache and, if nothing was, why; clients pass over the second."""
+    why = {"not_cached_because": first.not_cached} if not cached and first.not_cached else {}
+    return {"cached_tokens": cached, **why}
+
+
 class Reply(Protocol):
     """One form of answer. A stream is `first`, then for each choice its `piece`s and `ended`, then `last`; or, instead
-    of what is left of it, `failed`.
+    of what is left of it, `failed`. A piece comes with the tokens that begin in it, where logprobs are asked for.
     """
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]: ...
 
     def first(self) -> Iterable[str]: ...
 
-    def piece(self, index: int, text: str) -> Iterable[str]: ...
+    def piece(self, index: int, text: str, entries: Entries) -> Iterable[str]: ...
 
     def ended(self, index: int, answer: Answer) -> Iterable[str]: ...
 
@@ -51,6 +58,7 @@ class _Choices(ABC):
         prompts: how many there are.
         choices: answers in all.
         include_usage: whether a stream ends with an event of usage.
+        speller: how logprobs are written; None where they are not asked for.
     """
 
     kind = ""
@@ -66,6 +74,7 @@ class _Choices(ABC):
         prompts: int,
         choices: int,
         include_usage: bool,
+        speller: Speller | None = None,
     ) -> None:
         self._name = name
         self._model = model
@@ -74,6 +83,7 @@ class _Choices(ABC):
         self._prompts = prompts
         self._choices = choices
         self._include_usage = include_usage
+        self._speller = speller
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
@@ -112,7 +122,7 @@ class _Choices(ABC):
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": self._cached(answers)},
+            "prompt_tokens_details": cached_details(self._cached(answers), answers[0]),
         }
 
     def _cached(self, answers: Sequence[Answer]) -> int:
@@ -131,18 +141,24 @@ class ChatReply(_Choices):
         for index in range(self._choices):
             yield self._delta(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str) -> Iterable[str]:
-        yield self._delta(index, {"content": text})
+    def piece(self, index: int, text: str, entries: Entries) -> Iterable[str]:
+        yield self._delta(index, {"content": text}, logprobs=self._logprobs(entries))
 
     def ended(self, index: int, answer: Answer) -> Iterable[str]:
         yield self._delta(index, {}, answer.reason)
 
-    def _delta(self, index: int, delta: dict[str, Any], reason: str | None = None) -> str:
-        return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": reason})
+    def _delta(
+        self, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None
+    ) -> str:
+        return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": answer.reason}
+        logprobs = self._logprobs(entries_of(answer))
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.reason}
+
+    def _logprobs(self, entries: Entries) -> dict[str, Any] | None:
+        return None if self._speller is None else self._speller.chat(entries)
 
 
 class CompletionReply(_Choices):
@@ -153,18 +169,18 @@ class CompletionReply(_Choices):
     def first(self) -> Iterable[str]:
         return ()
 
-    def piece(self, index: int, text: str) -> Iterable[str]:
-        yield self._chunk(self._text(index, text, None))
+    def piece(self, index: int, text: str, entries: Entries) -> Iterable[str]:
+        yield self._chunk(self._text(index, text, None, entries))
 
     def ended(self, index: int, answer: Answer) -> Iterable[str]:
-        yield self._chunk(self._text(index, "", answer.reason))
+        yield self._chunk(self._text(index, "", answer.reason, ()))
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        return self._text(index, answer.text, answer.reason)
+        return self._text(index, answer.text, answer.reason, entries_of(answer))
 
-    @staticmethod
-    def _text(index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def _text(self, index: int, text: str, reason: str | None, entries: Entries) -> dict[str, Any]:
+        logprobs = None if self._speller is None else self._speller.completion(entries)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 class ResponsesReply:
@@ -176,11 +192,22 @@ class ResponsesReply:
         created: seconds since 1970.
         prompt_tokens: length of the prompt.
         echoed: what the protocol repeats of the request.
+        speller: how logprobs are written; None where they are not asked for.
     """
 
-    def __init__(self, *, name: str, model: str, created: int, prompt_tokens: int, echoed: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        model: str,
+        created: int,
+        prompt_tokens: int,
+        echoed: dict[str, Any],
+        speller: Speller | None = None,
+    ) -> None:
         self._name = name
         self._prompt_tokens = prompt_tokens
+        self._speller = speller
         self._fixed = {
             "id": f"resp_{name}",
             "object": "response",
@@ -194,7 +221,6 @@ class ResponsesReply:
             "tool_choice": "none",
             "tools": [],
             "truncation": "disabled",
-            "text": {"format": {"type": "text"}},
             **echoed,
         }
         self._sequence = 0
@@ -206,14 +232,15 @@ class ResponsesReply:
         new = len(answer.tokens)
         usage = {
             "input_tokens": self._prompt_tokens,
-            "input_tokens_details": {"cached_tokens": answer.cached_tokens},
+            "input_tokens_details": cached_details(answer.cached_tokens, answer),
             "output_tokens": new,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self._prompt_tokens + new,
         }
         status = "incomplete" if cut else "completed"
         details = {"reason": "max_output_tokens"} if cut else None
-        return self._response(status, [self._item(status, answer.text)], usage, details)
+        item = self._item(status, answer.text, self._items(entries_of(answer)))
+        return self._response(status, [item], usage, details)
 
     def first(self) -> Iterable[str]:
         begun = self._response("in_progress", [], None, None)
@@ -222,15 +249,16 @@ class ResponsesReply:
         yield self._event("response.output_item.added", output_index=0, item=self._item("in_progress", None))
         yield self._event("response.content_part.added", **self._place(), part=self._part(""))
 
-    def piece(self, index: int, text: str) -> Iterable[str]:
+    def piece(self, index: int, text: str, entries: Entries) -> Iterable[str]:
         self._text += text
-        yield self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+        yield self._event("response.output_text.delta", **self._place(), delta=text, logprobs=self._items(entries))
 
     def ended(self, index: int, answer: Answer) -> Iterable[str]:
-        yield self._event("response.output_text.done", **self._place(), text=answer.text, logprobs=[])
-        yield self._event("response.content_part.done", **self._place(), part=self._part(answer.text))
+        items = self._items(entries_of(answer))
+        yield self._event("response.output_text.done", **self._place(), text=answer.text, logprobs=items)
+        yield self._event("response.content_part.done", **self._place(), part=self._part(answer.text, items))
         status = "incomplete" if answer.reason == "length" else "completed"
-        yield self._event("response.output_item.done", output_index=0, item=self._item(status, answer.text))
+        yield self._event("response.output_item.done", output_index=0, item=self._item(status, answer.text, items))
 
     def last(self, answers: Sequence[Answer]) -> Iterable[str]:
         body = self.whole(answers)
@@ -254,8 +282,11 @@ class ResponsesReply:
     def _place(self) -> dict[str, Any]:
         return {"item_id": f"msg_{self._name}", "output_index": 0, "content_index": 0}
 
-    def _item(self, status: str, text: str | None) -> dict[str, Any]:
-        content = [] if text is None else [self._part(text)]
+    def _items(self, entries: Entries) -> list[Any]:
+        return [] if self._speller is None else [self._speller.item(logprob) for _, logprob in entries]
+
+    def _item(self, status: str, text: str | None, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
+        content = [] if text is None else [self._part(text, logprobs)]
         return {
             "id": f"msg_{self._name}",
             "type": "message",
@@ -265,5 +296,5 @@ class ResponsesReply:
         }
 
     @staticmethod
-    def _part(text: str) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def _part(text: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

@@ -12,10 +12,22 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stretto.serve.http.errors import ApiError
+from stretto.serve.http.structured import (
+    Choices,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    TextOptions,
+    Wanted,
+    sources,
+    the_only,
+)
+from stretto.serve.logprobs import MOST_ALTERNATIVES
 from stretto.serve.sampling import Sampling
 
 MOST_CHOICES = 128
 MOST_STOPS = 16
+MOST_TIMEOUT_S = 86_400.0
 _NEARLY_ZERO = 1e-4
 """Temperatures below it are greedy: dividing logits by them would overflow."""
 
@@ -24,6 +36,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 SOME = Field(max_length=MOST_CHOICES, fail_fast=True)
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 """Lists stop at their first mistake: a body of a million wrong items must not cost a million messages."""
+Alternatives = Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 _OFF: tuple[Any, ...] = (None, False, 0)
@@ -81,12 +94,6 @@ class Generation(BaseModel):
         "bad_words": _NONE,
         "allowed_token_ids": _NONE,
         "logits_processors": _NONE,
-        "structured_outputs": _NONE,
-        "guided_json": _NONE,
-        "guided_regex": _NONE,
-        "guided_choice": _NONE,
-        "guided_grammar": _NONE,
-        "response_format": (None, {"type": "text"}),
         "continue_final_message": _OFF,
         "chat_template": (None,),
         "chat_template_kwargs": _NONE,
@@ -103,6 +110,13 @@ class Generation(BaseModel):
     stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=MOST_TIMEOUT_S)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Generation:
@@ -128,6 +142,28 @@ class Generation(BaseModel):
             seed=secrets.randbits(63) if self.seed is None else self.seed,
         )
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to tell the logprobs of; None for no logprobs."""
+        return None
+
+    def format(self) -> Wanted | None:
+        """What OpenAI's own field says of the answer's form."""
+        return None
+
+    def wanted(self) -> Wanted | None:
+        """What the answer must look like, and which field says so.
+
+        Raises:
+            ApiError: two fields do.
+        """
+        formatted = self.format()
+        found = [] if formatted is None else [formatted]
+        if self.structured_outputs is not None:
+            found += self.structured_outputs.wanted()
+        guided = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+        return the_only(found + sources("guided_", *guided))
+
     def stops(self) -> tuple[str, ...]:
         """Strings before which an answer ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -138,8 +174,6 @@ class ChatRequest(Generation):
 
     neutral: ClassVar[Neutral] = {
         **Generation.neutral,
-        "logprobs": _OFF,
-        "top_logprobs": _OFF,
         "tools": _NONE,
         "tool_choice": (None, "none", "auto"),
         "functions": _NONE,
@@ -155,11 +189,28 @@ class ChatRequest(Generation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs: send logprobs: true with it", param="top_logprobs", code="invalid_value")
+        return self
 
     @property
     def limit(self) -> int | None:
         """Most new tokens; None: as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to tell the logprobs of; None for no logprobs."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def format(self) -> Wanted | None:
+        return None if self.response_format is None else self.response_format.wanted()
 
 
 class CompletionRequest(Generation):
@@ -167,7 +218,6 @@ class CompletionRequest(Generation):
 
     neutral: ClassVar[Neutral] = {
         **Generation.neutral,
-        "logprobs": (None,),
         "echo": _OFF,
         "suffix": (None, ""),
         "best_of": (None, 1),
@@ -177,11 +227,21 @@ class CompletionRequest(Generation):
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def limit(self) -> int | None:
         """Most new tokens; None: as many as fit."""
         return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to tell the logprobs of; None for no logprobs."""
+        return self.logprobs
+
+    def format(self) -> Wanted | None:
+        return None if self.response_format is None else self.response_format.wanted()
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Each prompt, as text or as token ids."""
@@ -202,17 +262,25 @@ class ResponsesRequest(Generation):
         "background": _OFF,
         "tools": _NONE,
         "tool_choice": (None, "none", "auto"),
-        "include": _NONE,
         "reasoning": _NONE,
         "prompt": (None,),
-        "text": (None, {}, {"format": {"type": "text"}}),
         "truncation": (None, "disabled"),
-        "top_logprobs": _OFF,
     }
 
     input: str | Conversation
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
+    top_logprobs: Alternatives | None = None
+    text: TextOptions | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to tell the logprobs of; None for no logprobs."""
+        return (self.top_logprobs or 0) if self.include or self.top_logprobs else None
+
+    def format(self) -> Wanted | None:
+        return None if self.text is None else self.text.wanted()
 
     def messages(self) -> list[Message]:
         """The conversation, its instructions first."""

@@ -19,8 +19,13 @@ from stretto.core.errors import UserError
 from stretto.models.load import Model
 from stretto.models.tokenizer import Tokenizer
 from stretto.serve.backend import Backend
-from stretto.serve.engine import Engine, Handle
+from stretto.serve.constraint import Grammar
+from stretto.serve.engine import Engine
+from stretto.serve.grammar import Grammars
+from stretto.serve.handle import Handle
+from stretto.serve.http.compiling import Compiler
 from stretto.serve.http.errors import ApiError
+from stretto.serve.http.logprobs import Speller
 from stretto.serve.http.meter import Meter
 from stretto.serve.http.metrics import Metrics
 from stretto.serve.http.schemas import MOST_CHOICES, Message
@@ -51,6 +56,10 @@ class Ask:
         prompts: token ids of each prompt.
         choices: answers to each prompt; answer i of a prompt uses seed + i.
         limit: most new tokens; None: as many as fit.
+        logprobs: how many alternatives to tell the logprobs of; None for no logprobs.
+        grammar: what the answers must look like; None for anything.
+        priority: the lower, the more urgent.
+        deadline_s: seconds after which the answers end; None for no deadline.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -59,6 +68,10 @@ class Ask:
     sampling: Sampling
     stop: tuple[str, ...]
     ignore_eos: bool
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    priority: int = 0
+    deadline_s: float | None = None
 
 
 class Service:
@@ -94,6 +107,8 @@ class Service:
         self._failure: str | None = "the engine has not started"
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics = Metrics(settings.model_name)
+        self.speller = Speller(model.tokenizer)
+        self.compiler = Compiler(Grammars(model.tokenizer, model.spec.vocab))
 
     # Life.
 
@@ -120,6 +135,7 @@ class Service:
         await asyncio.wait([engine], timeout=self.settings.stall_seconds)
         report.cancel()
         engine.cancel()
+        self.compiler.close()
 
     async def drain(self) -> None:
         """Take no more requests; return when the live ones are done, or are cancelled after `drain_seconds`."""
@@ -329,7 +345,18 @@ class Service:
         number = self._next_number
         self._next_number += 1
         ends = frozenset[int]() if ask.ignore_eos else self.tokenizer.eos_ids
-        request = Request(id=number, prompt=prompt, limit=limit, sampling=sampling, stop_tokens=ends, stop=ask.stop)
+        request = Request(
+            id=number,
+            prompt=prompt,
+            limit=limit,
+            sampling=sampling,
+            stop_tokens=ends,
+            stop=ask.stop,
+            logprobs=ask.logprobs,
+            grammar=ask.grammar,
+            priority=ask.priority,
+            deadline_s=ask.deadline_s,
+        )
         handle = self.engine.submit(request, AnswerText(self.tokenizer, ask.stop))
         self._handles[handle] = asyncio.create_task(self._watch(handle))
         return handle

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """A request that waits: its number, when it arrived (seconds), its prompt's length and its limit of new tokens."""
+    """A request that waits: its number, when it arrived (seconds), its prompt's length, its limit of new tokens, and
+    its priority: the lower, the more urgent.
+    """
 
     id: int
     arrived_s: float
     prompt: int
     limit: int
+    priority: int = 0
 
 
 class Joining(ABC):
@@ -29,7 +32,7 @@ class Joining(ABC):
         """The ids to admit now, in order, at most `slots - running` of them.
 
         Args:
-            waiting: who waits, in order of arrival.
+            waiting: who waits, the urgent first, equals in order of arrival.
             running: how many run.
             now_s: seconds on the engine's clock.
             closed: whether no further request will arrive.

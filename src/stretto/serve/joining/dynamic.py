@@ -15,7 +15,7 @@ class Dynamic(Joining):
     def join(self, waiting: Sequence[Waiting], running: int, now_s: float, closed: bool) -> Sequence[int]:
         if running or not waiting:
             return []
-        overdue = now_s >= waiting[0].arrived_s + self.max_wait_s
+        overdue = now_s >= self._oldest_s(waiting) + self.max_wait_s
         if len(waiting) < self.slots and not overdue and not closed:
             return []
         return [request.id for request in waiting[: self.slots]]
@@ -23,4 +23,8 @@ class Dynamic(Joining):
     def wake_s(self, waiting: Sequence[Waiting], running: int) -> float | None:
         if running or not waiting:
             return None
-        return waiting[0].arrived_s + self.max_wait_s
+        return self._oldest_s(waiting) + self.max_wait_s
+
+    @staticmethod
+    def _oldest_s(waiting: Sequence[Waiting]) -> float:
+        return min(request.arrived_s for request in waiting)
