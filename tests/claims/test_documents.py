@@ -69,7 +69,7 @@ def test_a_page_shows_choices_policies_pairs_and_claims_as_declared(build: Modul
     with fake_claims(tmp_path, CLAIM):
         pages = build.documents()
     page = pages["capabilities/serving.md"]
-    assert "| `dtype` | `fp32`, `bf16` |" in page
+    assert "| `dtype` | `fp32`, `bf16`, `int4` |" in page
     assert [name for name in JOININGS if f"| `{name}` |" not in page] == []
     assert "First come, first served" in page
     assert "| 32 requests &#124; at once | 10.9 x | simulated | GPT-J-6B |" in page
