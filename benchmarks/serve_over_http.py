@@ -1,8 +1,8 @@
 """`stretto serve` beside vLLM's server, through one real client: the official `openai` package, streaming.
 
 Both run the same weights (ours packed, vLLM's in bf16), each on all cores, greedy, answers of a fixed length; no two
-prompts begin alike. The client counts tokens as they come: tokens a second over all streams, the median time to the first
-token and between tokens. Servers run one at a time and are interleaved; the client's own work is on the same cores.
+prompts begin alike. The client counts tokens as they come: tokens a second over all streams, the median time to the
+first token and between tokens. Servers run one at a time and are interleaved; the client works on the same cores.
 The peer needs an environment of its own: `make peers`.
 
 Usage: python benchmarks/serve_over_http.py [--json] [--quick] [--vllm PYTHON]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stretto.core.random import uniform
 from stretto.serve.sampling import Sampling, distribution, sample
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.25, 0.05], dtype=np.float32))
@@ -73,3 +74,26 @@ def test_ties_at_the_edge_of_top_k_keep_k_tokens() -> None:
 def test_values_out_of_range_name_their_field(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} is {value}"):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0, 6.0])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"temperature": 3.0},
+        {"temperature": 0.2},
+        {"top_p": 0.5},
+        {"top_p": 0.99, "min_p": 0.01},
+        {"min_p": 0.2},
+        {"min_p": 1e-6},
+    ],
+)
+def test_a_draw_from_the_head_is_the_draw_from_the_whole(spread: float, how: dict[str, float]) -> None:
+    """Flat and steep distributions, so that draws fall into the head and behind it."""
+    logits = (np.random.default_rng(3).standard_normal(5000) * spread).astype(np.float32)
+    sampling = Sampling(**{"temperature": 1.0, "seed": 8, **how})  # type: ignore[arg-type]
+    kept, probabilities = distribution(logits, sampling)
+    points = uniform(8, 0x73616D70, range(150))
+    whole = kept[np.minimum(np.searchsorted(np.cumsum(probabilities), points, side="right"), len(kept) - 1)]
+    assert [sample(logits[None], [sampling], [i])[0] for i in range(150)] == whole.tolist()

@@ -1,4 +1,4 @@
-"""A server process under load, after a kill, and beside a busy neighbour."""
+"""A server process under load, and an engine beside a busy neighbour."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,6 @@ def packaged() -> Path:
         return packaged_model()
     except UserError as error:
         pytest.skip(str(error))
-
-
-def test_a_server_that_was_killed_leaves_nothing_in_the_way_of_the_next(chat_folder: Path, tmp_path: Path) -> None:
-    arguments = (chat_folder, "--threads", "1", "--max-num-seqs", "2")
-    asked = {"prompt": "ab", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    with serving(tmp_path / "first.log", *arguments, "--port", "0") as first:
-        port = first.port
-        with first.client() as client, client.stream("POST", TEXT, json=asked) as reply:
-            next(reply.iter_lines())
-            assert first.end(signal.SIGKILL) == -signal.SIGKILL
-    with serving(tmp_path / "second.log", *arguments, "--port", port) as second, second.client() as client:
-        assert client.post(TEXT, json={"prompt": "ab", "max_tokens": 3}).status_code == 200
-        assert second.end() == 0
 
 
 # 64 clients for a minute.
@@ -106,8 +93,8 @@ async def one(client: httpx.AsyncClient, draw: random.Random, seen: Seen, right:
     elif kind == "left":
         seen.cut.add(name)
         many = {**asked, "max_tokens": 400, "stream": draw.random() < 0.5}
-        with pytest.raises(httpx.TimeoutException):
-            await client.post(TEXT, json=many, headers=headers, timeout=draw.uniform(0.05, 2.0))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(client.post(TEXT, json=many, headers=headers), draw.uniform(0.05, 2.0))
     elif kind == "reset":
         seen.cut.add(name)
         body = json.dumps({**asked, "max_tokens": 400, "stream": True}).encode()

@@ -10,7 +10,7 @@ from stretto.serve.joining.base import Joining, Waiting
 
 
 class Continuous(Joining):
-    """Most urgent first, of equals first come, first served, at every step."""
+    """First come, first served among the equally urgent, at every step."""
 
     def join(self, waiting: Sequence[Waiting], running: int, now_s: float, closed: bool) -> Sequence[int]:
         return [request.id for request in waiting[: self.slots - running]]
