@@ -37,6 +37,9 @@ class Options:
     dtype: str | None = None
     path: str | None = None
     threads: int | None = None
+    kv_tokens: int | None = None
+    preemption: str | None = None
+    spare_tokens: int | None = None
     api_key: tuple[str, ...] | None = None
     max_queue: int | None = None
     max_body_bytes: int | None = None
@@ -59,6 +62,9 @@ _ENGINE = {
     "dtype": "dtype",
     "path": "path",
     "threads": "threads",
+    "kv_tokens": "pool_tokens",
+    "preemption": "preemption",
+    "spare_tokens": "spare_tokens",
 }
 _SERVER = {
     **{name: name for name in ("host", "port", "served_model_name", "max_queue", "max_body_bytes", "json_logs")},
@@ -85,6 +91,11 @@ def serve(
     dtype: str | None = _option(None, "dtype", "auto, fp32, bf16 or int4."),
     path: str | None = _option(None, "path", "How passes are computed: auto, torch, exact, bf16 or fast."),
     threads: int | None = _option(None, "threads", "CPU threads; all if left out."),
+    kv_tokens: int | None = _option(
+        None, "kv-tokens", "Tokens that the KV pool holds; all slots' longest if left out."
+    ),
+    preemption: str | None = _option(None, "preemption", "Of requests put back for want of pages: recompute or swap."),
+    spare_tokens: int | None = _option(None, "spare-tokens", "Tokens that spare memory holds, for swap."),
     api_key: list[str] | None = _option(None, "api-key", "A key that clients must send; may be repeated."),
     max_queue: int | None = _option(None, "max-queue", "Most waiting requests; more are answered 429."),
     max_body_bytes: int | None = _option(None, "max-body-bytes", "Longest request body; more is answered 413."),
@@ -106,6 +117,9 @@ def serve(
         dtype=dtype,
         path=path,
         threads=threads,
+        kv_tokens=kv_tokens,
+        preemption=preemption,
+        spare_tokens=spare_tokens,
         api_key=tuple(api_key) if api_key else None,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
