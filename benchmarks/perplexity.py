@@ -238,11 +238,11 @@ def judge_mixed(judge: Judge, files: ModelFiles, calibration: torch.Tensor, torc
     assert isinstance(head, PackedTensor)
     size = float(head.nbytes + sum(each.weight.nbytes for each in mixed.products.values()))
     judge.judge("W4A16 (GPTQ, 128, ordered)", torch_model(changed), size)
-    for label, share in [("W4A8", 1.0), *[(f"W4Ax, {share:.0%}", share) for share in SHARES], ("W4A4", 0.0)]:
+    for label, share in [*[(f"W4Ax, {share:.0%}", share) for share in SHARES], ("W4A4", 0.0), ("W4A8", 1.0)]:
         plans = mixed.plans(share)
         eights = sum(float((plan.bits == 8).sum()) for plan in plans.values())
         share = eights / sum(len(plan.bits) for plan in plans.values())
-        model = torch_model(changed, product=fake_product(plans))
+        model = torch_model(changed, product=fake_product(plans, mixed.divisors))
         judge.judge(label, model, size, f"{share:.1%} of blocks in 8 bits")
 
 

@@ -397,7 +397,7 @@ def test_mixed_models_are_as_good_as_their_8_bits(wide: Path) -> None:
     errors = []
     for share in (0.0, 0.5, 1.0):
         plans = mixed.plans(share)
-        found = logits_of(torch_model(files, weights, product=fake_product(plans)), held_out)
+        found = logits_of(torch_model(files, weights, product=fake_product(plans, mixed.divisors)), held_out)
         errors.append(float((found - plain).square().mean()))
         eights = sum(int((plan.bits == 8).sum()) for plan in plans.values())
         assert eights == int(share * sum(len(plan.bits) for plan in plans.values()))

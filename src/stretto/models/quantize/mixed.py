@@ -73,14 +73,15 @@ class MixedPlan:
         return float((self.bits.double() / 8 * self.group).sum())
 
 
-def outliers_first(peaks: torch.Tensor, *, threshold: float = THRESHOLD, group: int = GROUP) -> torch.Tensor:
+def outliers_first(peaks: torch.Tensor, *, threshold: float | None = THRESHOLD, group: int = GROUP) -> torch.Tensor:
     """The order of a `MixedPlan`: channels above `threshold` medians, the largest first, then the rest as they are.
 
     Args:
         peaks: the largest magnitude of each channel, [k].
+        threshold: None puts all channels in the order of their peaks.
     """
     require(bool(torch.isfinite(peaks).all()) and len(peaks) > 0, "peaks", tuple(peaks.shape), "finite numbers")
-    outlier = peaks > threshold * peaks.median()
+    outlier = peaks > (-1.0 if threshold is None else threshold * peaks.median())
     by_size = peaks.argsort(descending=True, stable=True)
     order = torch.cat([by_size[: int(outlier.sum())], (~outlier).nonzero()[:, 0]])
     return pad(order, (0, -len(order) % group), value=-1)
@@ -140,15 +141,23 @@ def fake_rows(x: torch.Tensor, plan: MixedPlan) -> torch.Tensor:
     return restored(blocks.view(len(x), -1), plan)
 
 
-def fake_product(plans: Mapping[str, MixedPlan]) -> Product:
-    """A `transformer.Product` whose activations are quantised by the plan of their product's name, if it has one."""
+def fake_product(plans: Mapping[str, MixedPlan], divisors: Mapping[str, torch.Tensor] | None = None) -> Product:
+    """A `transformer.Product` whose activations are quantised by the plan of their product's name, if it has one.
+
+    Args:
+        divisors: what inputs [k] are divided by before they are rounded; their weights are as before.
+    """
 
     def made(name: str, weight: torch.Tensor, bias: torch.Tensor | None, fold: torch.Tensor | None) -> LinearMap:
-        plan = plans.get(name)
+        plan, divisor = plans.get(name), (divisors or {}).get(name)
 
         def run(x: torch.Tensor) -> torch.Tensor:
             inputs = x if fold is None else x * fold
-            return linear(inputs if plan is None else fake_rows(inputs, plan), weight, bias)
+            if plan is None:
+                return linear(inputs, weight, bias)
+            if divisor is None:
+                return linear(fake_rows(inputs, plan), weight, bias)
+            return linear(fake_rows(inputs / divisor, plan) * divisor, weight, bias)
 
         return run
 

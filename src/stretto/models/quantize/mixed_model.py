@@ -9,7 +9,7 @@ import torch
 
 from stretto.core.errors import require
 from stretto.models.quantize.gptq import gptq
-from stretto.models.quantize.grid import Grid
+from stretto.models.quantize.grid import Grid, round_to_nearest
 from stretto.models.quantize.layerwise import (
     Progress,
     Recorder,
@@ -18,16 +18,20 @@ from stretto.models.quantize.layerwise import (
 )
 from stretto.models.quantize.mixed import (
     GROUP,
-    THRESHOLD,
     MixedPlan,
     block_errors,
+    fake_rows,
     outliers_first,
+    permuted,
+    restored,
 )
 from stretto.models.quantized import Quantised
 from stretto.models.spec import ModelSpec
 from stretto.models.weights import Weights
 
 _SAMPLE_EVERY = 32
+POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of a channel's peak, by which its inputs may be divided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +40,21 @@ class MixedProduct:
 
     Attributes:
         order: of its plan.
-        weight: 4 bits, [n, k] with the columns in that order.
+        divisor: fp32 [k], what its inputs are divided by, which whatever makes them can take over: a norm's weights, or
+            the rows of the product before.
+        weight: 4 bits, [n, k] with the columns in that order, each times its divisor.
         errors: of all blocks in 4 and in 8 bits, [2, blocks]: what each adds to the squared outputs, as a share.
     """
 
     order: torch.Tensor
+    divisor: torch.Tensor
     weight: Quantised
     errors: torch.Tensor
 
     def in_own_order(self) -> torch.Tensor:
         """What the weight stands for, fp32 [n, k], columns as the model has them."""
         channels = self.order[self.order >= 0]
-        return self.weight.dequantize()[:, channels.argsort()]
+        return self.weight.dequantize()[:, channels.argsort()] / self.divisor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,10 @@ class MixedModel:
             for name, product in self.products.items()
         }
 
+    @property
+    def divisors(self) -> dict[str, torch.Tensor]:
+        return {name: product.divisor for name, product in self.products.items()}
+
     def weights(self, weights: Weights) -> Weights:
         """The model's weights with the matrices of all products as their 4 bits have them."""
         sources = dict(weights.sources)
@@ -121,14 +132,20 @@ def calibrate_mixed(
     windows: torch.Tensor,
     *,
     group: int = GROUP,
-    threshold: float = THRESHOLD,
+    threshold: float | None = None,
+    balance: bool = True,
     progress: Progress = lambda what, done, total: None,
 ) -> MixedModel:
     """Find each product's order, its weights in 4 bits (GPTQ in that order) and its blocks' errors, layer by layer.
 
+    Channels are put in the order of their peaks, and large ones are made smaller at the weights' cost (SmoothQuant,
+    Xiao et al., 2023), by the power of the peaks that errs least in all 4 bits, as AWQ searches it (Lin et al., 2024):
+    the publication leaves that to OmniQuant.
+
     Args:
         windows: token ids of real text, int64 [windows, tokens].
-        threshold: see `mixed.THRESHOLD`.
+        threshold: the publication's order, such as `mixed.THRESHOLD`.
+        balance: whether channels are divided at all.
     """
     table = weights.tensor("model.embed_tokens.weight", (spec.vocab, spec.hidden))
     stream = Stream(spec, lambda tokens: table[tokens], windows)
@@ -141,7 +158,7 @@ def calibrate_mixed(
         found: dict[str, torch.Tensor] = {}
         for name, parts in products_of(spec, index).items():
             stacked = torch.cat([weights.tensor(matrix, shape) for matrix, shape in parts.items()])
-            products[name] = _calibrated(stacked, recorder, name, group, threshold)
+            products[name] = _calibrated(stacked, recorder, name, group, threshold, balance)
             shapes[name] = parts
             rows = [shape[0] for shape in parts.values()]
             found.update(zip(parts, torch.split(products[name].in_own_order(), rows), strict=True))
@@ -152,13 +169,35 @@ def calibrate_mixed(
     return MixedModel(products=products, shapes=shapes, group=group)
 
 
-def _calibrated(weight: torch.Tensor, recorder: Recorder, name: str, group: int, threshold: float) -> MixedProduct:
-    order = outliers_first(recorder.peaks[name], threshold=threshold, group=group)
+def _calibrated(
+    weight: torch.Tensor, recorder: Recorder, name: str, group: int, threshold: float | None, balance: bool
+) -> MixedProduct:
+    peaks, sample = recorder.peaks[name], recorder.sample(name)
+    order = outliers_first(peaks, threshold=threshold, group=group)
+    divisor = _balanced(sample, weight, peaks, order, group) if balance else torch.ones(len(peaks))
     channels = order[order >= 0]
-    hessian = recorder.hessian(name)[channels][:, channels]
-    found = gptq(weight[:, channels], hessian, Grid(bits=4, group=group))
-    product = MixedProduct(order=order, weight=found, errors=torch.empty(0))
-    sample, meant = recorder.sample(name), product.in_own_order()
-    power = (sample @ meant.T).square().sum().clamp(min=1e-30)
-    errors = torch.stack([block_errors(sample, meant, order, bits, group) for bits in (4, 8)]) / power
-    return replace(product, errors=errors)
+    hessian = (recorder.hessian(name) / divisor / divisor[:, None])[channels][:, channels]
+    found = gptq((weight * divisor)[:, channels], hessian, Grid(bits=4, group=group))
+    product = MixedProduct(order=order, divisor=divisor, weight=found, errors=torch.empty(0))
+    meant = product.in_own_order() * divisor
+    power = (sample / divisor @ meant.T).square().sum().clamp(min=1e-30)
+    errors = [block_errors(sample / divisor, meant, order, bits, group) for bits in (4, 8)]
+    return replace(product, errors=torch.stack(errors) / power)
+
+
+def _balanced(
+    sample: torch.Tensor, weight: torch.Tensor, peaks: torch.Tensor, order: torch.Tensor, group: int
+) -> torch.Tensor:
+    """The divisor of channels, a power of their peaks, with which outputs err least when all is rounded to 4 bits."""
+    wanted = sample @ weight.T
+    plan = MixedPlan(order=order, bits=torch.full((len(order) // group,), 4, dtype=torch.uint8), group=group)
+    typical = peaks.clamp(min=1e-4 * float(peaks.mean()) + 1e-30)
+    typical = typical / typical.log().mean().exp()
+    best, least = torch.ones(len(peaks)), torch.inf
+    for power in POWERS:
+        divisor = typical**power
+        rounded = restored(round_to_nearest(permuted(weight * divisor, plan), Grid(group=group)).dequantize(), plan)
+        error = float((fake_rows(sample / divisor, plan) @ rounded.T - wanted).square().sum())
+        if error < least:
+            best, least = divisor, error
+    return best
