@@ -255,6 +255,7 @@ def recipes(groups: Sequence[str], quick: bool) -> Iterator[tuple[str, Recipe]]:
     yield "rtn, group 64, zero points", Recipe(method="rtn", grid=Grid(group=64, symmetric=False))
     for method in ("rtn", "gptq"):
         yield f"{method}, group 64, 2:4", Recipe(method=method, grid=Grid(group=64), sparse="2:4")
+    yield "gptq, group 64, largest first", Recipe(method="gptq", grid=Grid(group=64), act_order=True)
     yield "rtn, group 64, 8 bits", Recipe(method="rtn", grid=Grid(bits=8, group=64))
 
 
