@@ -280,3 +280,11 @@ def test_mistakes_are_named() -> None:
         Grid(bits=3)
     with pytest.raises(FieldError, match="weight"):
         round_to_nearest(torch.zeros(0, 4), Grid())
+
+
+def test_a_small_weight_of_a_large_input_is_kept() -> None:
+    weight = torch.tensor([[0.3, 1.0, 0.9, 0.8]]).repeat(3, 16)
+    hessian = torch.tensor([100.0, 1.0, 1.0, 1.0]).repeat(16).diag()
+    found = gptq(weight, hessian, Grid(), sparse="2:4")
+    assert found.kept is not None
+    assert torch.equal(found.kept, torch.tensor([True, True, False, False]).repeat(3, 16))
