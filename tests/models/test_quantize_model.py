@@ -394,7 +394,7 @@ def test_mixed_models_are_as_good_as_their_8_bits(wide: Path) -> None:
     held_out = torch.randint(0, files.spec.vocab, (50,), generator=torch.Generator().manual_seed(9))
     plain = logits_of(torch_model(files, weights), held_out)
     torch.testing.assert_close(logits_of(torch_model(files, weights, product=fake_product({})), held_out), plain)
-    errors = []
+    errors, totals = [], []
     for share in (0.0, 0.5, 1.0):
         plans = mixed.plans(share)
         found = logits_of(torch_model(files, weights, product=fake_product(plans, mixed.divisors)), held_out)
@@ -403,8 +403,10 @@ def test_mixed_models_are_as_good_as_their_8_bits(wide: Path) -> None:
         assert eights == int(share * sum(len(plan.bits) for plan in plans.values()))
         report = mixed.report(plans)
         assert len(report) == 4 * files.spec.layers
+        totals.append(sum(each.error for each in report))
         assert sum(each.weight_bytes for each in report) == sum(p.weight.nbytes for p in mixed.products.values())
     assert errors[0] > errors[1] > errors[2]
+    assert totals[1] < (totals[0] + totals[2]) / 2  # the better half of the blocks
 
 
 def test_a_product_keeps_its_rows_when_columns_are_put_in_order(wide: Path) -> None:
