@@ -1,7 +1,7 @@
 // One pass of a Llama-family decoder over packed weights, from tokens to logits, in one call.
 //
-// All threads of torch's OpenMP team walk through the layers, stretch by stretch; each has its own share of the panels of every
-// product, so a layer's weights are read once, from memory to the same core. A row's numbers depend on that row
+// The threads of a crew walk through the layers, stretch by stretch; each has its own share of the panels of every product, so a
+// layer's weights are read once, from memory to the same core. A row's numbers depend on that row
 // alone: not on which rows share the pass, nor on the number of threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -20,12 +21,12 @@
 
 #include "attention.hpp"
 #include "buffer.hpp"
+#include "crew.hpp"
 #include "elementwise.hpp"
 #include "kv_pages.hpp"
 #include "packed.hpp"
 #include "simd.hpp"
 #include "stretch.hpp"
-#include "team.hpp"
 
 namespace nb = nanobind;
 using namespace stretto;
@@ -82,7 +83,10 @@ class Decoder {
             throw std::invalid_argument("there must be one cache a layer");
         }
         if (!attention_has(shape_.dim, !open.empty())) throw std::invalid_argument("heads of this width have no kernel");
-        Run run{*this, level, path_of(path), rows};
+        const std::shared_ptr<Run> held = free_run();
+        Run &run = *held;
+        run.path = path_of(path);
+        run.rows = rows;
         run.tokens = reinterpret_cast<const int64_t *>(tokens);
         run.turns = floats(turns);
         run.lengths = reinterpret_cast<const int64_t *>(lengths);
@@ -99,13 +103,29 @@ class Decoder {
         run.picks = reinterpret_cast<int64_t *>(picks);
         nb::gil_scoped_release release;
         threads = std::clamp(threads, 1, kMostThreads);
-        run.allocate(threads);
+        run.allocate(level, threads);
         const double began = seconds_now();
-        together(threads, [&](int thread, int count) { run.walk(thread, count); });
+        Crew::get().go(threads, held);
         return run.seconds(began);
     }
 
+    ~Decoder() {
+        for (const auto &run : runs_) {
+            while (run.use_count() > 1) sched_yield();  // a helper that came late looks at the layers still
+        }
+    }
+
   private:
+    struct Run;
+
+    // A run that nobody looks at any more.
+    std::shared_ptr<Run> free_run() {
+        for (const auto &run : runs_) {
+            if (run.use_count() == 1) return run;
+        }
+        return runs_.emplace_back(std::make_shared<Run>(*this));
+    }
+
     static const float *floats(uintptr_t p) { return reinterpret_cast<const float *>(p); }
 
     static Path path_of(const std::string &path) {
@@ -115,11 +135,11 @@ class Decoder {
         throw std::invalid_argument("path " + path + " is not known; it is exact, bf16 or fast");
     }
 
-    struct Run {
+    // One pass. A helper may look at it after it is over, but at nothing of the caller's: for that it must have taken an item.
+    struct Run final : Walk {
         Decoder &decoder;
-        const std::string &level;
-        const Path path;
-        const int64_t rows;
+        Path path = Path::exact;
+        int64_t rows = 0;
         const int64_t *tokens = nullptr;
         const float *turns = nullptr;  // [positions, dim]
         const int64_t *lengths = nullptr, *tables = nullptr;
@@ -140,17 +160,19 @@ class Decoder {
         float *x = nullptr, *heads = nullptr, *mixed = nullptr, *both = nullptr, *active = nullptr;
         uint16_t *query16 = nullptr, *mixed16 = nullptr;
         uint8_t *ready = nullptr;
+        Buffer<Stretch> held;
         Stretch *stretches = nullptr;
-        Run(Decoder &d, const std::string &l, Path p, int64_t r) : decoder(d), level(l), path(p), rows(r) {}
+
+        explicit Run(Decoder &decoder) : decoder(decoder) {}
 
         const Shape &shape() const { return decoder.shape_; }
         int64_t all_heads() const { return shape().heads + 2 * shape().kv_heads; }
         int64_t q_width() const { return shape().heads * shape().dim; }
 
-        void allocate(int threads) {
+        void allocate(const std::string &level, int threads) {
             const Shape &s = shape();
             const int64_t count = static_cast<int64_t>(decoder.layers_.size()) * kStretches + 3;
-            stretches = decoder.stretches_.get(count);
+            stretches = held.get(count);
             for (int64_t i = 0; i < count; i++) stretches[i].clear(threads);
             products = &packed_kernels(level);
             row = &row_kernels(level);
@@ -176,7 +198,7 @@ class Decoder {
 
         Rows ready_for(const Packed &w, int64_t count) const { return Rows(path, count, w, ready); }
 
-        void walk(int thread, int threads) {
+        void walk(int thread, int threads) override {
             const Shape &s = shape();
             std::vector<float> room(static_cast<size_t>(std::max(s.hidden, q_width())));
             float *normed = room.data();
@@ -363,7 +385,7 @@ class Decoder {
     Buffer<float> x_, logits_, heads_, mixed_, both_, active_;
     Buffer<uint16_t> query16_, mixed16_;
     Buffer<uint8_t> ready_;
-    Buffer<Stretch> stretches_;
+    std::vector<std::shared_ptr<Run>> runs_;
 };
 
 }  // namespace

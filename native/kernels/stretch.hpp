@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sched.h>
+#include <time.h>
 
 #include <atomic>
 #include <chrono>
@@ -10,7 +11,8 @@
 namespace stretto {
 
 constexpr int kMostThreads = 64;
-constexpr int kSpins = 2'000;  // turns of waiting before the processor is offered to others
+constexpr int kSpins = 2'000;     // turns of waiting before the processor is offered to others
+constexpr double kYielding = 3e-4;  // seconds of offering it before sleeping: no item of a pass that is let be takes so long
 
 inline double seconds_now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -30,15 +32,7 @@ class Stretch {
             for (int64_t i; (i = next_[owner].fetch_add(1, std::memory_order_relaxed)) < count; done++) work(first + i);
         }
         if (done && done_.fetch_add(done, std::memory_order_acq_rel) + done == items) finished = seconds_now();
-        for (int spins = 0; done_.load(std::memory_order_acquire) < items; spins++) {
-            if (spins < kSpins) {
-#if defined(__x86_64__)
-                __builtin_ia32_pause();
-#endif
-            } else {
-                sched_yield();
-            }
-        }
+        wait(items);
     }
 
     void clear(int threads) {
@@ -49,6 +43,29 @@ class Stretch {
     double finished = 0.0;  // when its last item was done
 
   private:
+    // Who waits long waits for a thread that another process has put off its core. Only a core that goes idle takes that
+    // thread over; one that spins, or offers itself, lets it wait for its next time slice.
+    void wait(int64_t items) const {
+        int spins = 0;
+        double since = 0.0;
+        while (done_.load(std::memory_order_acquire) < items) {
+            if (spins < kSpins) {
+                spins++;
+#if defined(__x86_64__)
+                __builtin_ia32_pause();
+#endif
+                continue;
+            }
+            if (since == 0.0) since = seconds_now();
+            if (seconds_now() - since < kYielding) {
+                sched_yield();
+            } else {
+                const timespec nap{0, 100000};
+                nanosleep(&nap, nullptr);
+            }
+        }
+    }
+
     std::atomic<int64_t> next_[kMostThreads];
     alignas(64) std::atomic<int64_t> done_;
 };

@@ -11,22 +11,6 @@
 
 namespace stretto {
 
-// work(thread, threads) on up to `threads` threads at once, all of them alive together: they may wait for each other.
-template <typename Work>
-void together(int threads, const Work &work) {
-    using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
-    using Number = int (*)();
-    static const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    static const Number thread_number = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
-    static const Number team_size = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
-    if (threads <= 1 || !parallel || !thread_number || !team_size) {
-        work(0, 1);
-        return;
-    }
-    const auto enter = [](void *data) { (*static_cast<const Work *>(data))(thread_number(), team_size()); };
-    parallel(enter, const_cast<Work *>(&work), static_cast<unsigned>(threads), 0);
-}
-
 // work(item) for each item in [0, items), on up to `threads` threads that take the next item when they are done with one. `work`
 // must not throw.
 template <typename Work>
