@@ -17,6 +17,7 @@ import numpy as np
 
 from stretto.hardware.table import Table
 from stretto.models.batching import Segment
+from stretto.models.kv_cache import PAGE_TOKENS as SHORT_PAGE
 from stretto.models.kv_packed import PAGE_TOKENS as KV_PAGE_TOKENS
 from stretto.models.passes import PassShape, pass_operations
 from stretto.models.thread import compute
@@ -103,7 +104,7 @@ def pace(
     """
     compute(_set_threads, threads)
     cache = compute(_filled_cache, model)
-    shapes = [_nearest(shape, cache.page_tokens) for shape, _ in passes]
+    shapes = [_nearest(shape, _slot_tokens(model)) for shape, _ in passes]
     times = [often for _, often in passes]
     rounds: list[list[float]] = []
     spent = 0.0
@@ -179,20 +180,29 @@ def _ragged(context: int, rows: int) -> tuple[int, ...]:
     return tuple(max(1, context - context * (i % 8) // 64) for i in range(rows))
 
 
+def _slot_tokens(model: Model) -> int:
+    return min(PAGE_TOKENS, model.spec.max_positions)
+
+
 def _filled_cache(model: Model) -> Cache:
     """A cache with something in it: memory that was never written would be read from one single page."""
-    pages = max(DECODE_ROWS)
-    page_tokens = min(PAGE_TOKENS, model.spec.max_positions)
-    if model.dtype == "int4":
-        cache = model.transformer.new_cache(pages=pages * -(-page_tokens // KV_PAGE_TOKENS), page_tokens=KV_PAGE_TOKENS)
-        for layer in cache.layers:
-            layer.fill_(0x11)
-        return cache
-    cache = model.transformer.new_cache(pages=pages, page_tokens=page_tokens)
-    long = max(DECODE_CONTEXTS)
+    import torch
+
+    slots, slot_tokens = max(DECODE_ROWS), _slot_tokens(model)
+    page = slot_tokens  # torch's attention gathers pages, so that it wants one alone
+    if model.path != "torch":
+        page = KV_PAGE_TOKENS if model.dtype == "int4" else SHORT_PAGE
+    each = -(-slot_tokens // page)
+    cache = model.transformer.new_cache(pages=slots * each, page_tokens=page)
     for layer in cache.layers:
-        layer[:long].fill_(0.01)
-        layer[long:, :, : SHORT_CONTEXT + 64].fill_(0.01)
+        whole, rest = layer[: max(DECODE_CONTEXTS) * each], layer[max(DECODE_CONTEXTS) * each :]
+        for part, positions in ((whole, slot_tokens), (rest, SHORT_CONTEXT + 64)):
+            if layer.dtype == torch.uint8:
+                part.fill_(0x11)
+            elif each == 1:
+                part[:, :, :positions].fill_(0.01)
+            else:
+                part.view(-1, each, *part.shape[1:])[:, : -(-positions // page)].fill_(0.01)
     return cache
 
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
+PAGE_TOKENS = 32
+"""Tokens of a page where whoever reads it follows block tables: the fused decoder's attention."""
+
+
 class KVCache:
     """Room for `pages * page_tokens` tokens; memory is touched when it is first written.
 

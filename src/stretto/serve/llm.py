@@ -19,6 +19,7 @@ from stretto.core.errors import FieldError, UserError, require
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
 from stretto.models.calibrate import warm_up
+from stretto.models.kv_cache import PAGE_TOKENS
 from stretto.models.kv_packed import PAGE_TOKENS as KV_PAGE_TOKENS
 from stretto.models.load import DTYPES, PATHS, Model, load_model, open_model
 from stretto.models.packable import why_not_fused
@@ -31,7 +32,7 @@ from stretto.serve.handle import Handle
 from stretto.serve.joining import JOININGS
 from stretto.serve.local import LocalBackend
 from stretto.serve.logprobs import MOST_ALTERNATIVES, Logprob
-from stretto.serve.plan import PAGE_TOKENS, WORKSPACE_BYTES
+from stretto.serve.plan import WORKSPACE_BYTES
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
 from stretto.serve.scheduler import Scheduler, SchedulerConfig

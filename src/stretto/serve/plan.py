@@ -10,6 +10,7 @@ from stretto.core.errors import require
 from stretto.core.plan import Refusal
 from stretto.hardware.cluster import Cluster
 from stretto.hardware.device import Device
+from stretto.models.kv_cache import PAGE_TOKENS
 from stretto.models.kv_packed import PAGE_TOKENS as KV_PAGE_TOKENS
 from stretto.serve.job import ServeJob
 from stretto.serve.joining import JOININGS
@@ -19,7 +20,6 @@ from stretto.serve.workload import Workload
 SLOTS = (1, 2, 4, 8, 16, 32)
 DTYPES = ("bf16", "fp32")
 LAYOUTS = ("pages", "slots")
-PAGE_TOKENS = 32
 WORKSPACE_BYTES = 0.5e9
 """Room left for activations, logits, the tokenizer and Python itself; seen on this package's own processes."""
 
