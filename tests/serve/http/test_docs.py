@@ -97,6 +97,8 @@ def test_the_defaults_are_those_of_the_settings() -> None:
         "max-num-batched-tokens": str(engine.prefill_tokens),
         "dtype": engine.dtype,
         "path": engine.path,
+        "preemption": engine.preemption,
+        "spare-tokens": str(engine.spare_tokens),
         "max-queue": str(settings.max_queue),
         "max-body-bytes": str(settings.max_body_bytes),
         "stall-seconds": f"{settings.stall_seconds:g}",
