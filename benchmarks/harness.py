@@ -82,7 +82,7 @@ def main(
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
     if add is not None:
         add(parser)
     found = parser.parse_args()

@@ -1,7 +1,7 @@
 // Loops over independent items on the OpenMP team that torch already has.
 //
-// A second team would fight torch's spinning helpers for the same cores, so none is made: the runtime that torch has loaded is
-// called by name. Where there is none (another compiler's runtime, no torch), the caller's thread does it all.
+// For kernels that are called between torch's own operations: another team would fight torch's spinning helpers for the same cores,
+// so the runtime that torch has loaded is called by name. Whole passes of the decoder, beside which torch rests, have a crew (crew.hpp). Where there is none (another compiler's runtime, no torch), the caller's thread does it all.
 #pragma once
 
 #include <dlfcn.h>

@@ -150,22 +150,6 @@ def seven_billion_on_a_3090(quick: bool) -> Figure:
 
 @claim(
     system="marlin",
-    says="with half of the weights pruned, 16 rows are around 5.3 times as fast on a GeForce RTX 3090",
-    kind="simulated",
-    published=5.3,
-    unit="x",
-    setting="18,432 by 73,728, 2:4 sparse, groups of 128, 16 rows; not computed here: only the bits",
-    constants=CONSTANTS,
-    tolerance=0.1,
-    doubtful=True,
-)
-def sparse(quick: bool) -> Figure:
-    stored = 2.0 + 1.0 + 16.0 / GROUP
-    return Figure(ours=16.0 / stored, null=8.0, note="ours: the bits with their indices; null: half of 4 bits")
-
-
-@claim(
-    system="marlin",
     says="a packed matrix takes half a byte a weight and two bytes a group, and nothing else",
     kind="exact",
     published=None,
