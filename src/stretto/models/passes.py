@@ -71,8 +71,9 @@ class _Lister:
     def heads(self) -> int:
         return self.kv_heads * (self.spec.heads // self.spec.kv_heads)
 
-    def matmul(self, name: str, rows: int, k: int, n: int, count: int) -> Operation:
-        moved = k * n * self.weight_bytes + rows * (k + n) * self.activation_bytes
+    def matmul(self, name: str, rows: int, k: int, n: int, count: int, matrices: int = 1) -> Operation:
+        """Rows by a matrix [k, n], or dealt out to so many `matrices` of this shape."""
+        moved = matrices * k * n * self.weight_bytes + rows * (k + n) * self.activation_bytes
         return Operation(
             name=name,
             kind="matmul",
@@ -162,11 +163,15 @@ class _Lister:
         )
 
         yield self.rowwise("norm_mlp", "norm", f"norm/{hidden}", rows, spec.hidden, flops=4, moves=2, count=count)
-        yield self.matmul("gate_up", rows, spec.hidden, 2 * ffn, count)
+        routed = rows * max(1, spec.top_k)
+        matrices = min(spec.experts, routed) or 1
+        if spec.experts:
+            yield self.matmul("router", rows, spec.hidden, spec.experts, count)
+        yield self.matmul("gate_up", routed, spec.hidden, 2 * ffn, count, matrices)
         yield self.rowwise(
-            "activation", "elementwise", f"activation/ffn{ffn}", rows, ffn, flops=5, moves=3, count=count
+            "activation", "elementwise", f"activation/ffn{ffn}", routed, ffn, flops=5, moves=3, count=count
         )
-        yield self.matmul("down", rows, ffn, spec.hidden, count)
+        yield self.matmul("down", routed, ffn, spec.hidden, count, matrices)
         yield self.rowwise("add_mlp", "elementwise", f"add/{hidden}", rows, spec.hidden, flops=1, moves=3, count=count)
 
     def whole(self, batch: PassShape) -> Iterator[Operation]:

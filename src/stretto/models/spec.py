@@ -81,6 +81,8 @@ class ModelSpec:
         qk_norm: each query and key head is RMS-normed before the rotation (Qwen3).
         max_positions: tokens a sequence may have. A sliding window caps it: within the window attention is
         exact.
+        experts, top_k: experts of each MLP, each of width `ffn`, and how many of them a token goes to; 0 and 0 for
+        a dense model.
     """
 
     family: str
@@ -98,6 +100,8 @@ class ModelSpec:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     max_positions: int = 2048
+    experts: int = 0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         require(self.family in FAMILIES, "family", self.family, f"one of {', '.join(FAMILIES)}")
@@ -107,6 +111,9 @@ class ModelSpec:
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, as rotary positions turn pairs")
         require(0 < self.norm_eps < 1, "norm_eps", self.norm_eps, "in (0, 1)")
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "positive")
+        require(0 <= self.experts <= 4096, "experts", self.experts, "from 0, none, to 4096")
+        top = (1 if self.experts else 0, self.experts)
+        require(top[0] <= self.top_k <= top[1], "top_k", self.top_k, f"from {top[0]} to {top[1]}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, file: str = "config.json") -> ModelSpec:
@@ -152,7 +159,8 @@ class ModelSpec:
         """
         attention = self.hidden * (self.qkv_width + self.q_width)
         extra = (self.qkv_width if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
-        layer = attention + extra + 3 * self.hidden * self.ffn + 2 * self.hidden
+        router = self.experts * self.hidden
+        layer = attention + extra + router + 3 * self.hidden * self.ffn * max(1, self.experts) + 2 * self.hidden
         tables = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
         return self.layers * layer + tables + self.hidden
 
