@@ -115,11 +115,17 @@ class Projection(nn.Module):
             rank = len(self.lora_A)
             cut_a, cut_b = (split, ()) if self.dim == 1 else ((), split)
             # Of the two, the one that is whole meets a part of the inputs or of the sum only.
-            yield "lora_A", Placement(
-                shape=(rank, self.whole[1]), start=(0, start[1]), split=cut_a, partial=() if cut_a else split
+            yield (
+                "lora_A",
+                Placement(
+                    shape=(rank, self.whole[1]), start=(0, start[1]), split=cut_a, partial=() if cut_a else split
+                ),
             )
-            yield "lora_B", Placement(
-                shape=(self.whole[0], rank), start=(start[0], 0), split=cut_b, partial=() if cut_b else split
+            yield (
+                "lora_B",
+                Placement(
+                    shape=(self.whole[0], rank), start=(start[0], 0), split=cut_b, partial=() if cut_b else split
+                ),
             )
 
 

@@ -2,7 +2,7 @@
 
 A matrix that is cut by columns needs its inputs' gradients summed (`copy_in`), one cut by rows its outputs
 (`sum_out`). The vocabulary is cut by rows of the table: looking up is a masked look-up and a sum, the cross-entropy
-needs three small reductions and never the logits of another rank. Shares may be uneven: the unit of attention is the
+needs two small reductions and never the logits of another rank. Shares may be uneven: the unit of attention is the
 KV group.
 """
 
