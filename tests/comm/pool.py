@@ -57,7 +57,7 @@ def run(world: int, name: str, *arguments: Any, timeout_s: float = 90.0) -> list
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         for rank in range(world):
-            _ranks[rank].pipe.send((name, rank, world, store, arguments))
+            _ranks[rank].pipe.send((name, rank, store, arguments))
         found, problem = _collected(world, monotonic() + timeout_s)
     if problem is not None:
         close()
@@ -106,36 +106,39 @@ def _collected(world: int, deadline: float) -> tuple[dict[int, Any], str | None]
     return found, "\n".join(problems) or None
 
 
+class _Starter:
+    """`start(grid, ...)` of one call."""
+
+    def __init__(self, rank: int, store: Path):
+        self.rank, self.store = rank, store
+        self.opened: Transport | None = None
+
+    def __call__(self, grid: RankGrid, timeout_s: float = _CALL_S, disturbance: Disturbance | None = None) -> Transport:
+        self.opened = Transport.start(
+            grid, rank=self.rank, timeout_s=timeout_s, store=self.store, disturbance=disturbance
+        )
+        return self.opened
+
+    def close(self) -> None:
+        if self.opened is not None:
+            self.opened.close()
+
+
 def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
     while True:
         try:
-            name, rank, world, store, arguments = pipe.recv()
+            name, rank, store, arguments = pipe.recv()
         except EOFError:
             return
-        open_: list[Transport] = []
-
-        def start(
-            grid: RankGrid, timeout_s: float = _CALL_S, disturbance: Disturbance | None = None, rank: int = rank
-        ) -> Transport:
-            transport = Transport.start(
-                grid,
-                rank=rank,
-                timeout_s=timeout_s,
-                store=Path(store),
-                disturbance=disturbance,  # noqa: B023
-            )
-            open_.append(transport)  # noqa: B023
-            return transport
-
+        starter = _Starter(rank, Path(store))
         try:
-            answer = (True, _function(name)(rank, start, *arguments))
+            answer = (True, _function(name)(rank, starter, *arguments))
         except BaseException:  # noqa: BLE001 (whatever it is, the test is told)
             answer = (False, traceback.format_exc())
-        for transport in open_[:1]:
-            transport.close()
+        starter.close()
         pipe.send(answer)
 
 

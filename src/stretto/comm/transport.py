@@ -87,7 +87,9 @@ class _Line:
     disturbance: Disturbance = field(default_factory=Disturbance)
     calls: int = 0
 
-    def post(self, kind: str, axis: Axis, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
+    def post(
+        self, kind: str, axis: Axis, sends: Sequence[Message], receives: Sequence[Message], tag: int
+    ) -> Callable[[], None]:
         """Begin a round of messages; what is returned waits for its end."""
         self._disturb(kind, axis)
         count = self.meter.of(kind, axis.name)
@@ -95,8 +97,8 @@ class _Line:
         count.bytes += sum(message.tensor.nbytes for message in sends)
         begun = time.perf_counter()
         operations = [
-            *(dist.P2POp(dist.irecv, message.tensor, message.rank, tag=axis.tag) for message in receives),
-            *(dist.P2POp(dist.isend, message.tensor, message.rank, tag=axis.tag) for message in sends),
+            *(dist.P2POp(dist.irecv, message.tensor, message.rank, tag=tag) for message in receives),
+            *(dist.P2POp(dist.isend, message.tensor, message.rank, tag=tag) for message in sends),
         ]
         peers = sorted({message.rank for message in (*receives, *sends)})
         works = self._begun(kind, axis, peers, operations)
@@ -165,16 +167,19 @@ class Axis:
         self.tag = zlib.crc32(name.encode()) % 2**30  # what belongs to different axes never meets
         self._line = line
 
-    def send(self, tensor: torch.Tensor, to: int) -> Pending[torch.Tensor]:
-        """Send `tensor` to place `to`; it must stay as it is until `wait`."""
+    def send(self, tensor: torch.Tensor, to: int, *, number: int = 0) -> Pending[torch.Tensor]:
+        """Send `tensor` to place `to`; it must stay as it is until `wait`.
+
+        Messages with different numbers (below 2**20) may be received in any order.
+        """
         whole = tensor.contiguous()
-        finish = self._post("send", [(whole, to)], [])
+        finish = self._post("send", [(whole, to)], [], number)
         return Pending(lambda: (finish(), whole)[1])
 
-    def receive(self, like: torch.Tensor, source: int) -> Pending[torch.Tensor]:
+    def receive(self, like: torch.Tensor, source: int, *, number: int = 0) -> Pending[torch.Tensor]:
         """A new tensor of the shape and type of `like` from place `source`."""
         buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
-        finish = self._post("receive", [], [(buffer, source)])
+        finish = self._post("receive", [], [(buffer, source)], number)
         return Pending(lambda: (finish(), buffer)[1])
 
     def exchange(self, tensors: Sequence[torch.Tensor], *, to: int, source: int) -> Pending[list[torch.Tensor]]:
@@ -217,7 +222,7 @@ class Axis:
         return torch.cat(parts).movedim(0, dim)
 
     def reduce_scatter(self, tensor: torch.Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """This rank's slice along `dim` of the sum over the ranks, in their order; `sizes` of the slices, else alike."""
+        """This rank's slice along `dim` of the sum over the ranks, in their order; slices of `sizes`, else alike."""
         if self.size == 1:
             return tensor
         whole = tensor.movedim(dim, 0).contiguous()
@@ -281,14 +286,18 @@ class Axis:
         return iter(range(self.size))
 
     def _post(
-        self, kind: str, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]
+        self,
+        kind: str,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        receives: Sequence[tuple[torch.Tensor, int]],
+        number: int = 0,
     ) -> Callable[[], None]:
         assert self._line is not None, f"axis {self.name} has no other ranks"
         outgoing, incoming = (
             [Message(tensor, self.ranks[place]) for tensor, place in each if tensor.numel()]
             for each in (sends, receives)
         )
-        return self._line.post(kind, self, outgoing, incoming)
+        return self._line.post(kind, self, outgoing, incoming, self.tag + number)
 
 
 def alone(name: str = "alone") -> Axis:
@@ -335,7 +344,7 @@ class Transport:
             how: dict[str, Any] = {"init_method": "env://"}
             if store is not None:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-                how = {"store": dist.FileStore(str(store), grid.world)}
+                how = {"store": dist.FileStore(str(store), grid.world)}  # type: ignore[attr-defined]
             try:
                 dist.init_process_group("gloo", rank=rank, world_size=grid.world, timeout=limit, **how)
             except RuntimeError as problem:

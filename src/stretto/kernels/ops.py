@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _TYPES = (torch.float32, torch.bfloat16)
 
-_library = torch.library.Library("stretto", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
+_library = torch.library.Library("stretto", "FRAGMENT")
+_library.define(
     "packed_matmul(Tensor x, Tensor data, int columns, int length, int group, int bits, bool minimum, str path)"
     " -> Tensor"
 )
@@ -93,6 +93,6 @@ def _no_gradient(context: Any, gradient: torch.Tensor) -> Any:
     )
 
 
-_library.impl("packed_matmul", _compute, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("packed_matmul", _compute, "CPU")
 torch.library.register_fake("stretto::packed_matmul", _shape, lib=_library)
 torch.library.register_autograd("stretto::packed_matmul", _no_gradient, lib=_library)

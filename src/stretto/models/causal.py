@@ -211,7 +211,8 @@ class Attention(nn.Module):
             mode=self.split.attention,
             layout=self.split.layout,
         )
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        out: torch.Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return out
 
 
 class MLP(nn.Module):
@@ -233,7 +234,8 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = copy_in(x, self.tp)
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        out: torch.Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Experts(nn.Module):
@@ -247,7 +249,8 @@ class Experts(nn.Module):
         self.moe = MoE(spec.hidden, len(self.inner), spec.experts, spec.top_k, split.ep, policy=split.experts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.moe(copy_in(x, self.tp))
+        out: torch.Tensor = self.moe(copy_in(x, self.tp))
+        return out
 
     def placements(self) -> Iterator[tuple[str, Placement]]:
         experts, hidden, ffn = self.spec.experts, self.spec.hidden, self.spec.ffn
@@ -300,6 +303,8 @@ class CausalStage(nn.Module):
     A head that is tied to the embedding is the same tensor where both lie here, and a copy where they do not: its name
     is `lm_head.weight` then, and the two gradients have to be added.
     """
+
+    frequencies: torch.Tensor
 
     def __init__(
         self,

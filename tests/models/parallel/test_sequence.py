@@ -177,8 +177,8 @@ def test_zigzag_gives_every_rank_the_same_work() -> None:
 def test_lengths_that_do_not_divide_and_too_many_ranks_are_refused() -> None:
     with pytest.raises(FieldError, match="length is 10; it must be a multiple of 4"):
         pieces(10, 0, 2, "zigzag")
+    q = heads("q", 2, 4, torch.float32)
     with pytest.raises(FieldError, match="attention is 'flash'"):
-        q = heads("q", 2, 4, torch.float32)
         seq_attention(q, q, q, alone("cp"), causal=True, mode="flash")  # type: ignore[arg-type]
     with pytest.raises(pool.RankFailed, match="cp is 2; it must be at most the 1 KV heads"):
         pool.run(2, f"{HERE}:parts", 2, [{**cases(2, torch.float32)[0], "mode": "all_to_all", "q": 2, "k": 1, "v": 1}])

@@ -129,7 +129,7 @@ def _join(out: torch.Tensor, logs: torch.Tensor, part: torch.Tensor, log: torch.
 
 
 def _hidden(mask: torch.Tensor | None, meeting: Meeting, dtype: torch.dtype) -> torch.Tensor | None:
-    """The additive mask [B, 1, rows, keys] of keys that do not count, the triangle included; None: nothing is hidden."""
+    """The additive mask [B, 1, rows, keys] of keys that do not count, with the triangle; None: nothing is hidden."""
     if mask is None:
         return None
     keys = mask[:, meeting.columns]

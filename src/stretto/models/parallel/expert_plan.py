@@ -59,7 +59,7 @@ class ExpertPlan:
 
 
 def imbalance(counts: Sequence[int] | NDArray[np.int64], world: int) -> float:
-    """The greatest load of a place over the mean, if every token is computed with its expert; 1 where there are none."""
+    """The greatest load of a place over the mean, every token computed with its expert; 1 where there are none."""
     loads = _native(_checked(counts, world), world)
     total = int(loads.sum())
     return float(loads.max() * world / total) if total else 1.0

@@ -114,11 +114,11 @@ class MoE(nn.Module):
 
         loans = _Loans(plan.loans, self.axis.rank, self.experts // self.axis.size)
         outgoing = rows[order.div(self.top_k, rounding_mode="floor")]
-        came, *borrowed = _Dispatch.apply(
+        came, *borrowed = _Dispatch.apply(  # type: ignore[no-untyped-call]
             outgoing, self.gate, self.up, self.down, self.axis, self.aside, send, receive, loans
         )
         results = self._compute(came, borrowed, route.arrive, loans)
-        back = _Exchange.apply(results, self.axis, receive, send)
+        back: torch.Tensor = _Exchange.apply(results, self.axis, receive, send)  # type: ignore[no-untyped-call]
         unsorted = torch.empty_like(back).index_copy(0, order, back)
         return (unsorted.view(-1, self.top_k, rows.shape[1]) * gates[..., None].to(back.dtype)).sum(1)
 

@@ -40,7 +40,8 @@ def _swapped(x: torch.Tensor, axis: Axis, counts: list[int], back: bool) -> torc
         came = axis.all_to_all(parts.flatten(0, 1), [own] * axis.size, counts)
         return came.movedim(0, 1)
     came = axis.all_to_all(x.movedim(1, 0), counts, [own] * axis.size)
-    return came.unflatten(0, (axis.size, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+    joined: torch.Tensor = came.unflatten(0, (axis.size, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+    return joined
 
 
 def exchanged(

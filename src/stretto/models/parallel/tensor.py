@@ -61,12 +61,12 @@ class _GatherBoundary(torch.autograd.Function):
 
 def copy_in(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """`x` itself, the same on every rank; its gradient is the sum of the ranks'."""
-    return x if axis.size == 1 else _CopyIn.apply(x, axis)  # type: ignore[no-any-return, no-untyped-call]
+    return x if axis.size == 1 else _CopyIn.apply(x, axis)  # type: ignore[no-untyped-call]
 
 
 def sum_out(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The sum of the ranks' `x`; the gradient of each is that of the sum."""
-    return x if axis.size == 1 else _SumOut.apply(x, axis)  # type: ignore[no-any-return, no-untyped-call]
+    return x if axis.size == 1 else _SumOut.apply(x, axis)  # type: ignore[no-untyped-call]
 
 
 def scatter_boundary(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -114,7 +114,8 @@ class _VocabCrossEntropy(torch.autograd.Function):
         total, chosen = axis.all_reduce_(both)
         weights.div_(total[:, None])
         ctx.save_for_backward(weights, index, here, counted)
-        return (total.log() + largest - chosen).masked_fill(~counted, 0.0)
+        losses: torch.Tensor = (total.log() + largest - chosen).masked_fill(~counted, 0.0)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
@@ -134,4 +135,5 @@ def vocab_cross_entropy(
         logits: [rows, part], from column `first` of the vocabulary; their type is that of the losses.
         targets: int64 [rows], columns of the whole vocabulary; rows with `ignore` lose nothing.
     """
-    return _VocabCrossEntropy.apply(logits, targets, axis, first, ignore)  # type: ignore[no-any-return, no-untyped-call]
+    losses: torch.Tensor = _VocabCrossEntropy.apply(logits, targets, axis, first, ignore)  # type: ignore[no-untyped-call]
+    return losses
