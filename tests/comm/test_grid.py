@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stretto.comm.grid import RankGrid
@@ -26,6 +26,7 @@ def test_ranks_are_numbered_tensor_first_then_data_then_pipeline() -> None:
 
 
 @given(GRIDS, st.data())
+@settings(deadline=None)
 def test_groups_part_the_world_and_coordinates_lead_back(grid: RankGrid, data: st.DataObject) -> None:
     names = [name for name, _ in grid.axes]
     chosen = data.draw(st.lists(st.sampled_from(names), unique=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 from stretto.core.errors import require
 
@@ -68,12 +69,14 @@ class RankGrid:
         """The ranks, `rank` among them, that differ from it in these axes alone, in the order of their numbers."""
         self.size(*axes)
         own = self.coordinates(rank)
-        return tuple(
-            other
-            for other in range(self.world)
-            if all(at == own[name] for name, at in self.coordinates(other).items() if name not in axes)
-        )
+        chosen = [name for name, _ in self.axes if name in axes]
+        places = product(*(range(self.size(name)) for name in chosen))
+        return tuple(self.rank(**(own | dict(zip(chosen, at, strict=True)))) for at in places)
 
     def groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
         """All groups of these axes; each rank is in one of them."""
-        return tuple(dict.fromkeys(self.group(rank, *axes) for rank in range(self.world)))
+        self.size(*axes)
+        others = [(name, size) for name, size in self.axes if name not in axes]
+        places = product(*(range(size) for _, size in others))
+        names = [name for name, _ in others]
+        return tuple(self.group(self.rank(**dict(zip(names, at, strict=True))), *axes) for at in places)

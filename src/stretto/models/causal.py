@@ -364,6 +364,11 @@ class CausalStage(nn.Module):
             return self.head.losses(rows, targets.flatten()).sum()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters, and of what goes from stage to stage."""
+        return self.frequencies.dtype
+
+    @property
     def head(self) -> Table:
         """The output projection of the last stage."""
         found = self.lm_head or self.model.embed_tokens

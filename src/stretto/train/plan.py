@@ -1,0 +1,282 @@
+"""The choices of a training plan, which of them are worth weighing, and why one is impossible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from stretto.comm.grid import RankGrid
+from stretto.core.errors import FieldError, require
+from stretto.core.orders import ORDERS, Order, order_of
+from stretto.core.partition import contiguous
+from stretto.core.plan import Refusal
+from stretto.hardware.cluster import Cluster
+from stretto.hardware.device import Device
+from stretto.models.parallel.layout import pieces
+from stretto.models.spec import ModelSpec
+from stretto.train.job import TrainJob
+
+AXES = ("pp", "dp", "ep", "cp", "tp")
+"""Slowest first: ranks of a tensor axis are neighbours."""
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+CHUNKS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """How a training job is carried out.
+
+    Attributes:
+        devices: of each rank, the path of its device; ranks are numbered pp, dp, ep, cp, tp, the last fastest.
+        threads: CPU threads of a rank; None on a GPU.
+        pp, dp, ep, cp, tp: ranks of the pipeline, data, expert, sequence and tensor axis; `ep` ranks see different
+            data too, and share the experts.
+        schedule: the pipeline's order, of `core.orders`.
+        chunks: stages a pipeline rank.
+        layers: of each stage, in order; they may differ.
+        micro_batch: sequences of one pass of one data rank.
+        recompute: keep the inputs of layers alone, and compute the rest again in backward.
+        attention: how a split sequence attends: "blockwise", "rsa" or "all_to_all".
+        cp_layout: which tokens a rank of `cp` holds.
+        experts: "llep" evens out the experts' load, "ep" does not.
+    """
+
+    devices: tuple[str, ...]
+    threads: int | None = None
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    cp: int = 1
+    tp: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    layers: tuple[int, ...]
+    micro_batch: int = 1
+    recompute: bool = False
+    attention: Literal["blockwise", "rsa", "all_to_all"] = "blockwise"
+    cp_layout: Literal["contiguous", "zigzag"] = "contiguous"
+    experts: Literal["llep", "ep"] = "llep"
+
+    def __post_init__(self) -> None:
+        for name in (*AXES, "chunks", "micro_batch"):
+            require(1 <= getattr(self, name) <= 65536, name, getattr(self, name), "in 1 .. 65536")
+        require(self.threads is None or 1 <= self.threads <= 4096, "threads", self.threads, "in 1 .. 4096")
+        require(self.schedule in ORDERS, "schedule", self.schedule, f"one of {', '.join(ORDERS)}")
+        world = self.grid.world
+        require(len(self.devices) == world, "devices", len(self.devices), f"{world}, one a rank")
+        stages = self.pp * self.chunks
+        require(len(self.layers) == stages, "layers", self.layers, f"{stages} numbers, one a stage")
+        require(min(self.layers) >= 1, "layers", self.layers, "at least 1 a stage")
+
+    @property
+    def grid(self) -> RankGrid:
+        """The ranks on their axes."""
+        return RankGrid(axes=tuple((axis, getattr(self, axis)) for axis in AXES))
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that see different sequences."""
+        return self.dp * self.ep
+
+    def micro_batches(self, job: TrainJob) -> int:
+        """Passes of a data rank in a step."""
+        return job.global_batch // (self.data_ranks * self.micro_batch)
+
+    def order(self, job: TrainJob) -> Order:
+        """The pipeline's table."""
+        return order_of(self.schedule, self.pp, self.micro_batches(job), self.chunks)
+
+    def stage_layers(self, stage: int) -> range:
+        """The numbers of the layers of a stage."""
+        first = sum(self.layers[:stage])
+        return range(first, first + self.layers[stage])
+
+    def __str__(self) -> str:
+        degrees = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
+        text = f"{degrees or 'one rank'}, {self.micro_batch} sequence{'s' if self.micro_batch > 1 else ''} a pass"
+        if self.pp > 1:
+            text += f", {self.schedule} over layers {'+'.join(map(str, self.layers))}"
+        if self.cp > 1:
+            text += f", {self.attention} attention ({self.cp_layout})"
+        if self.ep > 1:
+            text += f", experts by {self.experts}"
+        if self.recompute:
+            text += ", recompute"
+        return text + (f", {self.threads} thread{'s' if self.threads > 1 else ''} a rank" if self.threads else "")
+
+
+def candidates(job: TrainJob, spec: ModelSpec, cluster: Cluster) -> Iterator[TrainPlan]:
+    """Every layout worth weighing; those that cannot run are among them, to be refused with a reason."""
+    for devices, threads in _ranks(job, cluster):
+        for degrees in _degrees(job, spec, len(devices)):
+            for schedule, chunks in _schedules(job, degrees["pp"]):
+                stages = degrees["pp"] * chunks
+                if stages > spec.layers:
+                    continue
+                plan = TrainPlan(
+                    devices=devices,
+                    threads=threads,
+                    **degrees,
+                    schedule=schedule,
+                    chunks=chunks,
+                    layers=balanced(spec, stages),
+                    cp_layout="zigzag" if degrees["cp"] > 1 else "contiguous",
+                )
+                yield from _passes(job, plan)
+
+
+def balanced(spec: ModelSpec, stages: int) -> tuple[int, ...]:
+    """Layers by stage such that the dearest is as cheap as can be, the head counted by its FLOPs."""
+    layer = float(spec.hidden * (spec.qkv_width + spec.q_width) + 3 * spec.hidden * spec.ffn * max(1, spec.top_k))
+    costs = [layer] * spec.layers
+    costs[-1] += float(spec.vocab * spec.hidden)
+    return tuple(contiguous(costs, stages))
+
+
+def _ranks(job: TrainJob, cluster: Cluster) -> Iterator[tuple[tuple[str, ...], int | None]]:
+    """Devices of the ranks, and threads a rank: on CPUs one rank in all or one a core, on GPUs one a device."""
+    devices = cluster.devices()
+    gpus = [path for path, device in devices.items() if device.kind == "gpu"]
+    if gpus:
+        count = job.processes or len(gpus)
+        yield tuple(gpus[index % len(gpus)] for index in range(count)), None
+        return
+    cores = [path for path, device in devices.items() for _ in range(device.units)]
+    units = next(iter(devices.values())).units
+    for count in sorted({1, len(cores)}) if job.processes is None else (job.processes,):
+        paths = tuple(cores[index * len(cores) // count] for index in range(count)) if count <= len(cores) else cores
+        yield (
+            tuple(paths[index % len(paths)] for index in range(count)),
+            max(1, min(units, len(cores) // count)),
+        )
+
+
+def _degrees(job: TrainJob, spec: ModelSpec, world: int) -> Iterator[dict[str, int]]:
+    pinned = {axis: getattr(job.layout, axis) for axis in AXES}
+
+    def options(axis: str, left: int) -> list[int]:
+        if pinned[axis] is not None:
+            return [pinned[axis]] if left % pinned[axis] == 0 else []
+        if axis == "ep" and not spec.experts:
+            return [1]
+        return [n for n in range(1, left + 1) if left % n == 0]
+
+    def rest(axes: tuple[str, ...], left: int) -> Iterator[dict[str, int]]:
+        if not axes:
+            if left == 1:
+                yield {}
+            return
+        for size in options(axes[0], left):
+            for others in rest(axes[1:], left // size):
+                yield {axes[0]: size, **others}
+
+    yield from rest(AXES, world)
+
+
+def _schedules(job: TrainJob, pp: int) -> Iterator[tuple[str, int]]:
+    asked, chunks = job.layout.schedule, job.layout.chunks
+    if pp == 1:
+        yield asked or "1f1b", chunks or 1
+        return
+    for name in ORDERS if asked is None else (asked,):
+        several = name in ("interleaved", "looped")
+        yield name, chunks or (CHUNKS if several else 1)
+
+
+def _passes(job: TrainJob, plan: TrainPlan) -> Iterator[TrainPlan]:
+    each = job.global_batch // plan.data_ranks
+    sizes = (
+        [n for n in MICRO_BATCHES if n <= max(each, 1)] if job.layout.micro_batch is None else [job.layout.micro_batch]
+    )
+    if job.layout.micro_batch is None:
+        sizes = [n for n in sizes if each % n == 0] or [1]
+    for micro_batch in sizes:
+        for recompute in (False, True) if job.recompute == "auto" else (job.recompute == "always",):
+            yield replace(plan, micro_batch=micro_batch, recompute=recompute)
+
+
+def check(job: TrainJob, plan: TrainPlan, spec: ModelSpec, cluster: Cluster) -> Refusal | None:
+    """None if the plan can run, else why not and the nearest change that would."""
+    for look in (_check_batch, _check_cuts, _check_order):
+        refusal = look(job, plan, spec)
+        if refusal is not None:
+            return refusal
+    return _check_memory(job, plan, spec, cluster)
+
+
+def _check_batch(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> Refusal | None:
+    share = plan.data_ranks * plan.micro_batch
+    if job.global_batch % share == 0:
+        return None
+    nearest = max(1, round(job.global_batch / share)) * share
+    return Refusal(
+        reason=f"a batch of {job.global_batch} sequences does not divide by {plan.data_ranks} data ranks x "
+        f"{plan.micro_batch} a pass",
+        nearest=f"a global_batch of {nearest} would",
+    )
+
+
+def _check_cuts(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> Refusal | None:
+    if plan.tp > spec.kv_heads:
+        return Refusal(
+            reason=f"tp is {plan.tp}, but the model has {spec.kv_heads} KV heads, and each rank needs one",
+            nearest=f"tp {spec.kv_heads} would do",
+        )
+    if sum(plan.layers) != spec.layers:
+        return Refusal(
+            reason=f"the stages have {sum(plan.layers)} layers, the model {spec.layers}",
+            nearest=f"layers {'+'.join(map(str, balanced(spec, len(plan.layers))))} would do"
+            if len(plan.layers) <= spec.layers
+            else f"at most {spec.layers} stages",
+        )
+    if plan.ep > 1 and (spec.experts == 0 or spec.experts % plan.ep):
+        return Refusal(
+            reason=f"ep is {plan.ep}, but the model has {spec.experts} experts",
+            nearest=f"an ep that divides {spec.experts}" if spec.experts else "ep 1",
+        )
+    if plan.attention == "all_to_all" and plan.cp > spec.kv_heads // plan.tp:
+        return Refusal(
+            reason=f"cp is {plan.cp}, but a rank of tp {plan.tp} has {spec.kv_heads // plan.tp} KV heads to exchange",
+            nearest="blockwise attention takes any number",
+        )
+    try:
+        pieces(job.sequence, 0, plan.cp, plan.cp_layout)
+    except FieldError as problem:
+        part = plan.cp * (2 if plan.cp_layout == "zigzag" else 1)
+        return Refusal(reason=str(problem), nearest=f"a sequence of {-(-job.sequence // part) * part} would")
+    return None
+
+
+def _check_order(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> Refusal | None:
+    if plan.pp == 1 and plan.chunks > 1:
+        return Refusal(reason=f"{plan.chunks} chunks on one pipeline rank", nearest="chunks 1, or pp 2")
+    try:
+        plan.order(job)
+    except FieldError as problem:
+        return Refusal(reason=str(problem), nearest="1f1b takes any number of micro-batches")
+    return None
+
+
+def _check_memory(job: TrainJob, plan: TrainPlan, spec: ModelSpec, cluster: Cluster) -> Refusal | None:
+    from stretto.train.memory import peak_bytes
+
+    device = cluster.device(plan.devices[0])
+    needed = max(peak_bytes(job, plan, spec))
+    allowed = _allowed(job, plan, device)
+    if needed <= allowed:
+        return None
+    change = (
+        "recompute" if not plan.recompute else "more ranks of pp or tp" if plan.micro_batch == 1 else "a smaller pass"
+    )
+    return Refusal(
+        reason=f"the fullest rank needs {needed / 1e9:.2f} GB and may have {allowed / 1e9:.2f} GB",
+        nearest=f"{change} needs less",
+    )
+
+
+def _allowed(job: TrainJob, plan: TrainPlan, device: Device) -> float:
+    """Bytes that a rank may have: its device's, shared with the ranks beside it there, or the job's limit."""
+    beside = plan.devices.count(plan.devices[0]) if device.kind == "cpu" else 1
+    own = device.memory_bytes / beside
+    return own if job.limits.memory_gb is None else min(own, job.limits.memory_gb * 1e9)

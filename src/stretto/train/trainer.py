@@ -1,0 +1,229 @@
+"""One rank's part of a training run: its stages, its share of every batch, its part of every checkpoint.
+
+All that differs between layouts is in the plan; a step is the same lines for all of them: walk the pipeline's table,
+add up gradients over the ranks, clip, step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from stretto.comm.transport import Transport
+from stretto.core.orders import Action
+from stretto.core.record import Recorder
+from stretto.core.trace import Key
+from stretto.models.causal import IGNORED, CausalStage, Lora, Split, initialise, load_weights
+from stretto.models.parallel.layout import split_sequence
+from stretto.models.spec import ModelSpec
+from stretto.models.weights import Weights
+from stretto.train import optimize
+from stretto.train.data import Samples
+from stretto.train.job import TrainJob
+from stretto.train.pipeline import Passage, Pipeline
+from stretto.train.plan import TrainPlan
+
+TORCH = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What a step was.
+
+    Attributes:
+        step: its number, from 0.
+        loss: mean over all of the batch's tokens, before the step.
+        gradient_norm: before clipping.
+        learning_rate: of the step.
+        tokens: of the whole batch.
+        seconds: from the step's begin to its end on this rank.
+        sent_bytes: by this rank.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    sent_bytes: int
+
+
+@dataclass(kw_only=True)
+class Watcher:
+    """Writes the spans of a rank's actions into a record, in seconds since `origin` of the machine's own clock."""
+
+    recorder: Recorder
+    rank: int
+    origin: float
+    step: int = 0
+    begun: float = field(default=0.0, init=False)
+
+    def now(self) -> float:
+        return time.perf_counter() - self.origin
+
+    def begin(self, action: Action) -> None:
+        self.begun = self.now()
+
+    def end(self, action: Action) -> None:
+        key = Key(action.kind, self.step, action.micro_batch, action.stage, self.rank)
+        self.recorder.span(f"rank {self.rank}", self.begun, self.now(), key)
+
+    def mark(self, phase: str, begun: float) -> None:
+        """A span of something else, from `begun` to now."""
+        self.recorder.span(f"rank {self.rank}", begun, self.now(), Key(phase, self.step, rank=self.rank))
+
+
+class Trainer:
+    """A rank of a run.
+
+    Args:
+        spec: the model; `weights` fill it, or the job's seed where they are None.
+        data, held_out: sequences to train on and to evaluate on.
+        transport: the way to the other ranks, on the plan's grid.
+        origin: of the times in the record, on the machine's monotonic clock.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        plan: TrainPlan,
+        spec: ModelSpec,
+        weights: Weights | None,
+        data: Samples,
+        held_out: Samples,
+        transport: Transport,
+        *,
+        origin: float = 0.0,
+    ):
+        self.job, self.plan, self.spec = job, plan, spec
+        self.data, self.held_out, self.transport = data, held_out, transport
+        self.hooks: list[optimize.StepHook] = []
+        self.watcher = Watcher(recorder=Recorder("measured"), rank=transport.rank, origin=origin)
+        self.order = plan.order(job)
+        self.stages = self._stages(weights)
+        self.pipeline = Pipeline(
+            self.order, self.stages, transport.axis("pp"), transport.axis("tp"), recompute=plan.recompute
+        )
+        self.trained = optimize.Trained(self.stages.values(), transport)
+        self.optimizer = optimize.build(job.optimizer, self.trained)
+        self.step = 0
+        self._data_axis = transport.axis("dp", "ep")
+        self._cp = transport.axis("cp")
+
+    def _stages(self, weights: Weights | None) -> dict[int, CausalStage]:
+        job, plan, axis = self.job, self.plan, self.transport.axis
+        split = Split(
+            tp=axis("tp"),
+            cp=axis("cp"),
+            ep=axis("ep"),
+            attention=plan.attention,
+            layout=plan.cp_layout,
+            experts=plan.experts,
+        )
+        adapters = job.adapters
+        lora = Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets) if adapters else None
+        found = {}
+        for number in range(self.order.stages):
+            if self.order.rank_of(number) == axis("pp").rank:
+                found[number] = CausalStage(
+                    self.spec,
+                    plan.stage_layers(number),
+                    first=number == 0,
+                    last=number == self.order.stages - 1,
+                    split=split,
+                    lora=lora,
+                    dtype=torch.float64 if job.dtype == "fp64" else torch.float32,
+                    compute=torch.bfloat16 if job.dtype == "bf16" else None,
+                )
+        for stage in found.values():
+            if weights is None:
+                initialise(stage, seed=job.seed)
+            else:
+                load_weights(stage, weights)
+        return found
+
+    def train_step(self) -> StepReport:
+        """One step of the optimizer over one global batch."""
+        watcher, sent = self.watcher, self.transport.meter.bytes
+        watcher.step = self.step
+        begun = watcher.now()
+        numbers = self.data.batch(self.step, self.job.global_batch)
+        tokens = len(numbers) * self.job.sequence
+        loss = self.pipeline.step(self._passage(self.data, numbers, 1.0 / tokens), watcher)
+
+        summing = watcher.now()
+        self.trained.sum_gradients()
+        watcher.mark("sum gradients", summing)
+        stepping = watcher.now()
+        norm = self._clip()
+        rate = optimize.learning_rate(self.job.optimizer, self.step, self.job.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for hook in self.hooks:
+            hook.before(self.step, self.trained.parameters)
+        if self.trained.parameters:
+            self.optimizer.step()
+        for hook in self.hooks:
+            hook.after(self.step, self.trained.parameters)
+        self.trained.clear()
+        watcher.mark("optimizer", stepping)
+
+        mean = self._everywhere(loss) / tokens
+        report = StepReport(
+            step=self.step,
+            loss=mean,
+            gradient_norm=norm,
+            learning_rate=rate,
+            tokens=tokens,
+            seconds=watcher.now() - begun,
+            sent_bytes=self.transport.meter.bytes - sent,
+        )
+        self.step += 1
+        return report
+
+    def evaluate(self) -> float:
+        """Mean loss over the held-out sequences; whole batches of them, as many as there are, or one cut short."""
+        count = len(self.held_out)
+        share = self.plan.data_ranks * self.plan.micro_batch * self.order.micro_batches
+        usable = max(count // share * share, min(count, share))
+        total, tokens = 0.0, usable * self.job.sequence
+        for first in range(0, usable, share):
+            numbers = [number % count for number in range(first, first + share)]
+            counted = min(share, usable - first)
+            passage = self._passage(self.held_out, numbers, 1.0, counted=counted)
+            total += self._everywhere(self.pipeline.evaluate(passage))
+        return total / tokens
+
+    def _clip(self) -> float:
+        norm = self.trained.norm()
+        limit = self.job.optimizer.clip_norm
+        if limit is not None and norm > limit:
+            self.trained.scale(limit / norm)
+        return norm
+
+    def _everywhere(self, loss: torch.Tensor) -> float:
+        """A sum of losses over all ranks that have different tokens or another end of the model."""
+        return float(self.transport.axis("pp", "dp", "ep", "cp").all_reduce_(loss.view(1)))
+
+    def _passage(self, source: Samples, numbers: Sequence[int], scale: float, counted: int | None = None) -> Passage:
+        """This rank's share of some sequences, in micro-batches; targets of those from `counted` on count for nothing."""
+        place, size = self._data_axis.rank, self._data_axis.size
+        each = len(numbers) // size
+        mine = numbers[place * each : (place + 1) * each]
+        tokens, targets = (torch.from_numpy(part) for part in source.at(mine))
+        if counted is not None:
+            left = max(0, counted - place * each)
+            targets[left:] = IGNORED
+        layout = self.plan.cp_layout
+        tokens, targets = (split_sequence(part, self._cp, 1, layout) for part in (tokens, targets))
+        size_of_pass = self.plan.micro_batch
+        return Passage(
+            tokens=tokens.split(size_of_pass),
+            targets=targets.split(size_of_pass),
+            length=self.job.sequence,
+            scale=scale,
+        )

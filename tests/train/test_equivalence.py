@@ -1,0 +1,113 @@
+"""Whatever the layout, a step is the step of one process."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from stretto.train.job import Optimizer, Shape, TrainJob
+from tests.train import kit
+
+SHAPES = {"dense": kit.DENSE, "untied": kit.untied(kit.DENSE), "mixed": kit.MIXED}
+
+
+@lru_cache(maxsize=8)
+def expected(name: str) -> tuple[TrainJob, dict[str, Any]]:
+    shape: Shape = SHAPES[name]
+    job = kit.job_of(shape)
+    return job, kit.reference(job)
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("dense", {"micro_batch": 2}),
+    ("dense", {"dp": 2, "micro_batch": 2}),
+    ("dense", {"dp": 4, "micro_batch": 1, "recompute": True}),
+    ("dense", {"tp": 2, "micro_batch": 4}),
+    ("dense", {"tp": 3, "micro_batch": 2, "recompute": True}),
+    ("dense", {"pp": 2, "micro_batch": 2}),
+    ("dense", {"pp": 2, "micro_batch": 1, "schedule": "fill-drain"}),
+    ("dense", {"pp": 2, "micro_batch": 2, "schedule": "interleaved", "chunks": 2}),
+    ("dense", {"pp": 2, "micro_batch": 2, "schedule": "looped", "chunks": 2, "recompute": True}),
+    ("dense", {"pp": 4, "micro_batch": 1}),
+    ("dense", {"pp": 2, "micro_batch": 2, "layers": (1, 3)}),
+    ("dense", {"pp": 2, "tp": 2, "micro_batch": 2}),
+    ("dense", {"pp": 2, "tp": 3, "micro_batch": 2, "schedule": "interleaved", "chunks": 2}),
+    ("dense", {"pp": 2, "dp": 2, "micro_batch": 1}),
+    ("dense", {"pp": 2, "dp": 2, "tp": 2, "micro_batch": 1}),
+    ("dense", {"cp": 2, "micro_batch": 2}),
+    ("dense", {"cp": 2, "micro_batch": 2, "cp_layout": "zigzag"}),
+    ("dense", {"cp": 2, "micro_batch": 2, "attention": "rsa"}),
+    ("dense", {"cp": 2, "micro_batch": 2, "attention": "all_to_all", "cp_layout": "zigzag"}),
+    ("dense", {"cp": 4, "micro_batch": 2, "cp_layout": "zigzag", "recompute": True}),
+    ("dense", {"cp": 2, "dp": 2, "micro_batch": 1}),
+    ("dense", {"cp": 2, "tp": 2, "micro_batch": 2}),
+    ("dense", {"cp": 2, "pp": 2, "micro_batch": 2}),
+    ("dense", {"cp": 2, "pp": 2, "tp": 2, "micro_batch": 2, "cp_layout": "zigzag"}),
+    ("untied", {"pp": 2, "micro_batch": 2}),
+    ("untied", {"pp": 2, "tp": 2, "dp": 2, "micro_batch": 2}),
+    ("untied", {"tp": 2, "cp": 2, "micro_batch": 4}),
+    ("mixed", {"micro_batch": 2}),
+    ("mixed", {"dp": 2, "micro_batch": 2}),
+    ("mixed", {"ep": 2, "micro_batch": 2}),
+    ("mixed", {"ep": 4, "micro_batch": 1}),
+    ("mixed", {"ep": 2, "micro_batch": 2, "experts": "ep"}),
+    ("mixed", {"ep": 2, "dp": 2, "micro_batch": 1}),
+    ("mixed", {"ep": 2, "tp": 2, "micro_batch": 2}),
+    ("mixed", {"ep": 2, "cp": 2, "micro_batch": 2, "cp_layout": "zigzag"}),
+    ("mixed", {"ep": 2, "pp": 2, "micro_batch": 2}),
+    ("mixed", {"ep": 2, "pp": 2, "tp": 2, "micro_batch": 2, "recompute": True}),
+    ("mixed", {"ep": 2, "dp": 2, "pp": 2, "micro_batch": 1, "schedule": "fill-drain"}),
+    ("mixed", {"tp": 2, "pp": 2, "micro_batch": 2, "schedule": "interleaved", "chunks": 2}),
+    ("mixed", {"ep": 2, "cp": 2, "tp": 2, "micro_batch": 2, "attention": "rsa"}),
+]
+
+
+@pytest.mark.parametrize(("name", "choices"), CASES)
+def test_a_layout_is_one_process(name: str, choices: dict[str, Any]) -> None:
+    job, reference = expected(name)
+    kit.compare(job, kit.plan_of(job, **choices), reference)
+
+
+@pytest.mark.parametrize("choices", [{"tp": 2}, {"tp": 3, "pp": 2}, {"dp": 2, "cp": 2}])
+def test_adapters_too(choices: dict[str, Any]) -> None:
+    job = kit.job_of(kit.DENSE)
+    object.__setattr__(job, "adapters", kit.ADAPTERS)  # a new model has none of its own; here it saves loading one
+    kit.compare(job, kit.plan_of(job, micro_batch=2, **choices), kit.reference(job))
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"pp": 2, "dp": 2, "micro_batch": 1},
+        {"tp": 2, "cp": 2, "micro_batch": 2},
+        {"pp": 2, "micro_batch": 1, "schedule": "interleaved", "chunks": 2},
+    ],
+)
+def test_delays_change_no_bit(choices: dict[str, Any]) -> None:
+    job, _ = expected("dense")
+    plan = kit.plan_of(job, **choices)
+    steady, shaken = kit.run(job, plan), kit.run(job, plan, jitter_s=0.02)
+    for a, b in zip(steady, shaken, strict=True):
+        assert a["losses"] == b["losses"]
+        assert a["norms"] == b["norms"]
+        for name, (_, value) in a["weights"].items():
+            assert torch.equal(value, b["weights"][name][1])
+
+
+def test_every_schedule_gives_the_same_bits() -> None:
+    # The norm is a sum over ranks, which hold other layers with other chunks: without clipping it touches nothing.
+    job = kit.job_of(optimizer=Optimizer(clip_norm=None))
+    found = [
+        kit.assembled(kit.run(job, kit.plan_of(job, pp=2, micro_batch=1, **how)), "weights")
+        for how in (
+            {"schedule": "fill-drain"},
+            {"schedule": "1f1b"},
+            {"schedule": "interleaved", "chunks": 2},
+            {"schedule": "looped", "chunks": 2},
+        )
+    ]
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
