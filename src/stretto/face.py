@@ -124,7 +124,7 @@ def write_report(
     """Write the HTML page, a Perfetto file for each trace and, where matplotlib is installed, a PNG; returns
     their paths.
     """
-    from stretto.report import page, png
+    from stretto.report import curves, page, png
 
     target = Path(folder)
     _make_folder(target)
@@ -137,6 +137,9 @@ def write_report(
     try:
         png(traces, target / "timeline.png", title=title)
         written["png"] = target / "timeline.png"
+        if any(trace.attributes.get("curves") for trace in traces):
+            curves(traces, target / "curves.png", title=title)
+            written["curves"] = target / "curves.png"
     except UserError:
         pass
     return {name: str(path) for name, path in written.items()}

@@ -70,8 +70,9 @@ def progress_bar(*, quiet: bool) -> Iterator[ProgressCallback]:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: float, total: float) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
-            bar.update(tasks[what], completed=done, total=total or None)
+            name = what.partition(":")[0]
+            if name not in tasks:
+                tasks[name] = bar.add_task(what, total=total or None)
+            bar.update(tasks[name], description=what, completed=done, total=total or None)
 
         yield show

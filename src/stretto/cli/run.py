@@ -98,10 +98,11 @@ def result_data(result: Result) -> dict[str, Any]:
 
 
 def _show(result: Result) -> None:
-    for output in result.outputs:
-        console.print(f"[bold]{escape(str(output['prompt']))}[/bold]", highlight=False)
-        console.print(f"  {escape(str(output['text']).strip())} [dim]({output['reason']})[/dim]\n", highlight=False)
-    table = Table(title="predicted beside measured, with the lengths that came out", title_justify="left")
+    for heading, text in result.said:
+        if heading:
+            console.print(f"[bold]{escape(heading)}[/bold]", highlight=False)
+        console.print(f"  {escape(text)}\n" if heading else escape(text), highlight=False)
+    table = Table(title="predicted beside measured, with what came out", title_justify="left")
     for heading in ("phase", "spans", "predicted", "measured", "error"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
     for row in result.comparison.phases:
@@ -119,6 +120,6 @@ def _show(result: Result) -> None:
     for remark in result.remarks:
         console.print(remark, highlight=False)
     if result.interrupted:
-        console.print("interrupted: the answers above are what was done so far")
+        console.print("interrupted: what stands above was done so far")
     for kind, path in result.files.items():
         console.print(f"{kind}: {path}", highlight=False)

@@ -101,6 +101,7 @@ class Result:
 
     Attributes:
         outputs: the domain's own records, plain values.
+        said: what people read of them: (heading, text) pairs, either of which may be empty.
         measured: what happened.
         predicted: the same run simulated with what came out (lengths), on the same keys.
         forecast: what was said before the run, with its assumptions.
@@ -112,6 +113,7 @@ class Result:
 
     plan: Plan[Any, Any]
     outputs: tuple[Mapping[str, Any], ...]
+    said: tuple[tuple[str, str], ...] = ()
     measured: Trace
     predicted: Trace
     forecast: Prediction
@@ -122,7 +124,7 @@ class Result:
 
 
 Progress = Callable[[str, float, float], None]
-"""`progress(what, done, total)`; total 0 means unknown."""
+"""`progress(what, done, total)`; total 0 means unknown. What follows a colon in `what` may change from call to call."""
 
 
 def no_progress(what: str, done: float, total: float) -> None:

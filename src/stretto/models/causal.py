@@ -325,7 +325,8 @@ class CausalStage(nn.Module):
         self.model = _Decoder(spec, range(spec.layers) if layers is None else layers, first, last, self.split, lora)
         own_head = last and not (spec.tied_embeddings and first)
         self.lm_head = Table(spec, self.split.tp) if own_head else None
-        self.to(dtype)
+        if dtype != torch.float32:
+            self.to(dtype)
         self.register_buffer("frequencies", rope_frequencies(spec).to(dtype), persistent=False)
         self._turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if lora is not None:

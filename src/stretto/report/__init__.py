@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from stretto.report.curves import curves
 from stretto.report.html import page
 from stretto.report.png import png
 
-__all__ = ["page", "png"]
+__all__ = ["curves", "page", "png"]

@@ -168,6 +168,9 @@ def run(plan: Plan[ServeJob, ServePlan], work: Workload, forecast: Prediction, c
     return Result(
         plan=plan,
         outputs=tuple(_outputs(plan.job, served.answers)),
+        said=tuple(
+            (plan.job.prompts[answer.id], f"{answer.text.strip()} ({answer.reason})") for answer in served.answers
+        ),
         measured=measured,
         predicted=predicted,
         forecast=forecast,

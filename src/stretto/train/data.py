@@ -72,7 +72,7 @@ class Samples:
         return found[:, :-1], found[:, 1:]
 
     def batch(self, step: int, size: int) -> list[int]:
-        """The sequences of a step, numbered from 0, of `size` sequences a step; a step may reach into the next epoch."""
+        """The sequences of a step, from 0, of `size` sequences a step; a step may reach into the next epoch."""
         count = len(self)
         places = range(step * size, (step + 1) * size)
         return [int(_order(self.seed, place // count, count)[place % count]) for place in places]
@@ -80,8 +80,7 @@ class Samples:
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    drawn = np.argsort(uniform(seed, epoch, np.arange(count)), kind="stable")
-    return drawn
+    return np.argsort(uniform(seed, epoch, np.arange(count)), kind="stable")
 
 
 def samples(

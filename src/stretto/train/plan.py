@@ -117,7 +117,7 @@ def candidates(job: TrainJob, spec: ModelSpec, cluster: Cluster) -> Iterator[Tra
                 plan = TrainPlan(
                     devices=devices,
                     threads=threads,
-                    **degrees,
+                    **degrees,  # type: ignore[arg-type]
                     schedule=schedule,
                     chunks=chunks,
                     layers=balanced(spec, stages),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -60,6 +61,7 @@ class Watcher:
     rank: int
     origin: float
     step: int = 0
+    recording: bool = True
     begun: float = field(default=0.0, init=False)
 
     def now(self) -> float:
@@ -69,12 +71,19 @@ class Watcher:
         self.begun = self.now()
 
     def end(self, action: Action) -> None:
-        key = Key(action.kind, self.step, action.micro_batch, action.stage, self.rank)
-        self.recorder.span(f"rank {self.rank}", self.begun, self.now(), key)
+        self._span(self.begun, Key(action.kind, self.step, action.micro_batch, action.stage, self.rank))
 
     def mark(self, phase: str, begun: float) -> None:
         """A span of something else, from `begun` to now."""
-        self.recorder.span(f"rank {self.rank}", begun, self.now(), Key(phase, self.step, rank=self.rank))
+        self._span(begun, Key(phase, self.step, rank=self.rank))
+
+    def _span(self, begun: float, key: Key) -> None:
+        if self.recording:
+            self.recorder.span(f"rank {self.rank}", begun, self.now(), key)
+
+    def spans(self) -> list[list[Any]]:
+        """[start, finish, phase, step, micro-batch, stage] of each, as plain values."""
+        return [[span.start, span.finish, *span.key[:4]] for span in self.recorder.trace()]
 
 
 class Trainer:
@@ -210,7 +219,7 @@ class Trainer:
         return float(self.transport.axis("pp", "dp", "ep", "cp").all_reduce_(loss.view(1)))
 
     def _passage(self, source: Samples, numbers: Sequence[int], scale: float, counted: int | None = None) -> Passage:
-        """This rank's share of some sequences, in micro-batches; targets of those from `counted` on count for nothing."""
+        """This rank's share of some sequences, in micro-batches; those from `counted` on count for nothing."""
         place, size = self._data_axis.rank, self._data_axis.size
         each = len(numbers) // size
         mine = numbers[place * each : (place + 1) * each]

@@ -1,0 +1,206 @@
+"""Seconds and bytes of the pieces of a training step: measured where this machine was asked, modelled elsewhere.
+
+A measured table is filed under what a piece depends on: the model's shape, the sequence, the type, how the piece is cut
+and how many ranks work beside it. On machines that were not measured, a forward pass is the model's operations by
+`hardware.cost`, a backward pass twice that, messages and sums are those of `hardware.lower`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from stretto.core.orders import Action, Order
+from stretto.hardware import cost
+from stretto.hardware.cluster import Cluster
+from stretto.hardware.lower import Collective, Transfer, Work, of_work
+from stretto.hardware.table import Table
+from stretto.models.passes import PassShape
+from stretto.models.spec import ModelSpec
+from stretto.train.job import TrainJob
+from stretto.train.plan import TrainPlan
+
+PIECES = ("embed", "layer", "head")
+_OPTIMIZER_BYTES = 28.0
+"""Bytes that a step of AdamW moves a weight: weight, gradient and two moments read, three of them written, in fp32."""
+_SPREAD = 0.3
+"""Of a step that was modelled: what the kernel model's own interval does not say (backward as twice forward)."""
+SPREAD_MEASURED = 0.15
+
+
+def signature(job: TrainJob, plan: TrainPlan, spec: ModelSpec, piece: str) -> str:
+    """What the table of a piece is filed under."""
+    shape = f"h{spec.hidden}/q{spec.heads}/kv{spec.kv_heads}/d{spec.head_dim}/f{spec.ffn}/v{spec.vocab}"
+    experts = f"/e{spec.experts}k{spec.top_k}/ep{plan.ep}-{plan.experts}" if spec.experts else ""
+    lora = f"/lora{job.adapters.rank}-{'.'.join(job.adapters.targets)}" if job.adapters else ""
+    cut = f"tp{plan.tp}" + (f"/cp{plan.cp}-{plan.attention}-{plan.cp_layout}" if plan.cp > 1 else "")
+    beside = f"of{plan.grid.world}@{plan.threads}"
+    return f"train-{piece}/{job.dtype}/{shape}{experts}{lora}/L{job.sequence}/{cut}/{beside}"
+
+
+def tables(
+    job: TrainJob, plan: TrainPlan, spec: ModelSpec, found: Sequence[Mapping[str, Sequence[Sequence[float]]]]
+) -> dict[str, Table]:
+    """Tables from what the ranks measured (`measure.Points`): the slowest of them counts."""
+    made = {}
+    for piece in found[0]:
+        rows = zip(*(one[piece] for one in found), strict=True)
+        points = {float(row[0][0]): max(float(point[1]) for point in row) for row in rows}
+        axis = {"sum": "numbers", "optimizer": "numbers", "message": "bytes"}.get(piece, "sequences")
+        made[signature(job, plan, spec, piece)] = Table.line(
+            axis, sorted(points.items()), spread=SPREAD_MEASURED, source="measured on this machine"
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What `core.orders.lay_out` asks of a plan, in seconds; `rank` is the pipeline rank's first device."""
+
+    job: TrainJob
+    plan: TrainPlan
+    spec: ModelSpec
+    cluster: Cluster
+    order: Order
+
+    @property
+    def measured(self) -> bool:
+        """Whether the pieces were measured on the plan's machine."""
+        return self._table("layer-forward") is not None
+
+    @property
+    def spread(self) -> float:
+        """Relative uncertainty of a step."""
+        return SPREAD_MEASURED if self.measured else _SPREAD
+
+    def compute(self, action: Action) -> float:
+        stage, forward = action.stage, action.kind == "forward"
+        layers = self.plan.layers[stage]
+        seconds = layers * self._pass_s("layer", forward)
+        if self.plan.recompute and not forward:
+            seconds += layers * self._pass_s("layer", True)
+        if stage == 0:
+            seconds += self._pass_s("embed", forward)
+        if stage == self.order.stages - 1:
+            seconds += self._pass_s("head", forward)
+        return seconds
+
+    def message(self, action: Action) -> float:
+        bytes_ = self.boundary_bytes / self.plan.tp
+        table = self._table("message")
+        if table is not None:
+            return table.at(bytes_).value
+        target = self.order.receiver(action)
+        assert target is not None
+        source, other = (self.device(self.order.rank_of(stage)) for stage in (action.stage, target))
+        return self._seconds(Transfer(source=source, target=other, bytes=bytes_)) if source != other else 0.0
+
+    def held(self, action: Action) -> float:
+        from stretto.train.memory import held_bytes
+
+        return held_bytes(self.job, self.plan, self.spec, action.stage)
+
+    @property
+    def boundary_bytes(self) -> float:
+        """Of the tensor that goes from stage to stage."""
+        rows = self.plan.micro_batch * self.job.sequence / self.plan.cp
+        return rows * self.spec.hidden * (8.0 if self.job.dtype == "fp64" else 4.0)
+
+    def sum_s(self, pipeline_rank: int) -> float:
+        """Adding up the gradients of a rank."""
+        size = self.plan.grid.size("dp", "ep", "cp")
+        tied = self.spec.tied_embeddings and self.plan.pp > 1 and pipeline_rank in (0, self.plan.pp - 1)
+        table_numel = self.spec.vocab * self.spec.hidden / self.plan.tp if tied and self.job.adapters is None else 0.0
+        numel = self.trained_numel(pipeline_rank)
+        table = self._table("sum")
+        if table is not None:
+            message = self._table("message")
+            swap = message.at(max(1.0, table_numel * 4)).value if message is not None and table_numel else 0.0
+            return (table.at(numel).value if size > 1 else 0.0) + swap
+        seconds = 0.0
+        if size > 1:
+            ranks = self.plan.grid.group(self.rank_at(pipeline_rank), "dp", "ep", "cp")
+            devices = tuple(dict.fromkeys(self.plan.devices[rank] for rank in ranks))
+            seconds += self._seconds(Collective(kind="all_reduce", devices=devices, bytes=numel * 4.0))
+        if table_numel:
+            ends = (self.device(0), self.device(self.plan.pp - 1))
+            if ends[0] != ends[1]:
+                seconds += self._seconds(Transfer(source=ends[0], target=ends[1], bytes=table_numel * 4.0))
+        return seconds
+
+    def optimizer_s(self, pipeline_rank: int) -> float:
+        """The optimizer's step over a rank's weights."""
+        numel = self.trained_numel(pipeline_rank)
+        table = self._table("optimizer")
+        if table is not None:
+            return table.at(max(1.0, numel)).value
+        device = self.cluster.device(self.device(pipeline_rank))
+        return numel * _OPTIMIZER_BYTES / device.bandwidth
+
+    def trained_numel(self, pipeline_rank: int) -> float:
+        """Numbers that a rank trains; of an uneven tensor axis the largest share."""
+        from stretto.train.memory import trained_numel
+
+        return trained_numel(self.job, self.plan, self.spec, pipeline_rank)
+
+    def rank_at(self, pipeline_rank: int) -> int:
+        """The first rank of a pipeline place."""
+        return self.plan.grid.rank(pp=pipeline_rank)
+
+    def device(self, pipeline_rank: int) -> str:
+        return self.plan.devices[self.rank_at(pipeline_rank)]
+
+    def _table(self, piece: str) -> Table | None:
+        device = self.cluster.device(self.plan.devices[0])
+        return device.measured.get(signature(self.job, self.plan, self.spec, piece))
+
+    def _seconds(self, work: Work) -> float:
+        return of_work(work, self.cluster).estimate.seconds
+
+    def _pass_s(self, piece: str, forward: bool) -> float:
+        table = self._table(f"{piece}-{'forward' if forward else 'backward'}")
+        if table is not None:
+            return table.at(self.plan.micro_batch).value
+        return self._modelled_s(piece) * (1.0 if forward else 2.0)
+
+    def _modelled_s(self, piece: str) -> float:
+        """A forward pass of a piece by the model's operations and the collectives inside it."""
+        rows = self.job.sequence // self.plan.cp
+        shape = PassShape(
+            new_tokens=(rows,) * self.plan.micro_batch,
+            cached=((self.plan.cp - 1) * rows // 2,) * self.plan.micro_batch,
+            logits_rows=rows * self.plan.micro_batch,
+        )
+        dtype = "fp32" if self.job.dtype == "fp64" else self.job.dtype
+        listed = replace(self.spec, layers=1).operations(shape, dtype=dtype, tp=self.plan.tp)
+        ends = {"embed": ("embed",), "head": ("norm_final", "lm_head")}
+        chosen = [
+            op
+            for op in listed
+            if (op.name in ends[piece] if piece in ends else all(op.name not in names for names in ends.values()))
+        ]
+        device = self.cluster.device(self.plan.devices[0])
+        seconds = cost.total(chosen, device, threads=self.plan.threads).seconds
+        if piece == "layer":
+            seconds += self._inside_s()
+        return seconds
+
+    def _inside_s(self) -> float:
+        """Collectives of a layer's forward pass: two sums over `tp`, keys and values once around `cp`."""
+        seconds, grid = 0.0, self.plan.grid
+        if self.plan.tp > 1:
+            devices = self._distinct(grid.group(0, "tp"))
+            seconds += 2 * self._seconds(Collective(kind="all_reduce", devices=devices, bytes=self.boundary_bytes))
+        if self.plan.cp > 1:
+            devices = self._distinct(grid.group(0, "cp"))
+            rows = self.plan.micro_batch * self.job.sequence
+            width = 2 * self.spec.kv_width / self.plan.tp
+            seconds += self._seconds(Collective(kind="all_gather", devices=devices, bytes=rows * width * 4.0))
+        if self.plan.ep > 1:
+            devices = self._distinct(grid.group(0, "ep"))
+            bytes_ = self.boundary_bytes * self.spec.top_k
+            seconds += 2 * self._seconds(Collective(kind="all_to_all", devices=devices, bytes=bytes_))
+        return seconds
+
+    def _distinct(self, ranks: Sequence[int]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.plan.devices[rank] for rank in ranks))

@@ -1,0 +1,167 @@
+"""Seconds of a plan's pieces on this machine, with as many ranks at work as the plan has.
+
+A piece is the embedding, one layer or the head, forward or backward, for some numbers of sequences a pass; a message
+between stages; a sum of gradients; the optimizer. Ranks measure the same piece at the same time, as they will compute
+it, with the collectives that are inside it. The job's text is never touched: tokens are made up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from stretto.comm.transport import Axis, Transport
+from stretto.models.causal import CausalStage, Lora, Split, initialise
+from stretto.train import optimize
+from stretto.train.job import TrainJob
+from stretto.train.plan import TrainPlan
+from stretto.train.session import model_of
+from stretto.train.trainer import TORCH
+
+ROUNDS = 3
+_SUM_NUMELS = (1_000, 1_000_000)
+
+Points = dict[str, list[tuple[float, float]]]
+"""Of each piece, (sequences a pass, bytes or numbers; seconds)."""
+
+
+def measure_rank(job: TrainJob, plan: TrainPlan, transport: Transport, micro_batches: Sequence[int]) -> Points:
+    """What this rank sees; every rank calls it."""
+    torch.set_num_threads(plan.threads or 1)
+    return _Bench(job, plan, transport).points(micro_batches)
+
+
+class _Bench:
+    def __init__(self, job: TrainJob, plan: TrainPlan, transport: Transport):
+        axis = transport.axis
+        split = Split(
+            tp=axis("tp"),
+            cp=axis("cp"),
+            ep=axis("ep"),
+            attention=plan.attention,
+            layout=plan.cp_layout,
+            experts=plan.experts,
+        )
+        spec = replace(model_of(job).spec, layers=1)
+        adapters = job.adapters
+        self.stage = CausalStage(
+            spec,
+            split=split,
+            lora=Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets) if adapters else None,
+            dtype=torch.float64 if job.dtype == "fp64" else torch.float32,
+            compute=TORCH["bf16"] if job.dtype == "bf16" else None,
+        )
+        initialise(self.stage, seed=0)
+        self.job, self.plan, self.transport = job, plan, transport
+        self.everyone = transport.axis(*(name for name, _ in plan.grid.axes))
+        self.found: Points = {}
+
+    def points(self, micro_batches: Sequence[int]) -> Points:
+        for micro_batch in micro_batches:
+            self._passes(micro_batch)
+        self._sums()
+        self._steps()
+        return self.found
+
+    def _passes(self, micro_batch: int) -> None:
+        """Forward and backward of embedding, layer and head."""
+        stage, length = self.stage, self.job.sequence
+        shape = (micro_batch, length // self.plan.cp)
+        tokens = torch.randint(0, stage.spec.vocab, shape, generator=torch.Generator().manual_seed(0))
+        table, layer, norm = stage.model.embed_tokens, stage.model.layers["0"], stage.model.norm
+        assert table is not None
+        assert norm is not None
+        turns = stage._turn(length)
+        inner = torch.randn(*shape, stage.spec.hidden, dtype=stage.dtype)
+
+        def embed() -> torch.Tensor:
+            return table.embed(tokens)
+
+        def through() -> torch.Tensor:
+            return layer(inner.detach().requires_grad_(), turns)  # type: ignore[no-any-return]
+
+        def head() -> torch.Tensor:
+            rows = norm(inner.detach().requires_grad_()).flatten(0, 1)
+            return stage.head.losses(rows, tokens.flatten()).sum()
+
+        for name, forward in (("embed", embed), ("layer", through), ("head", head)):
+            self._piece(name, micro_batch, forward)
+        self._time("message", float(inner.nbytes // self.plan.tp), lambda: self._message(inner))
+
+    def _piece(self, name: str, micro_batch: int, forward: Callable[[], torch.Tensor]) -> None:
+        trained = any(parameter.requires_grad for parameter in self.stage.parameters())
+        results: list[torch.Tensor] = []
+
+        def one() -> None:
+            results[:] = [self._computed(forward)]
+
+        self._time(f"{name}-forward", micro_batch, one)
+        backwards = []
+        for _ in range(ROUNDS + 1):
+            one()
+            (y,) = results
+            if not (y.requires_grad and trained):
+                backwards.append(1e-9)
+                continue
+            gradient = torch.ones_like(y)
+            self.everyone.barrier()
+            begun = time.perf_counter()
+            torch.autograd.backward(y, gradient)
+            backwards.append(time.perf_counter() - begun)
+        self.found.setdefault(f"{name}-backward", []).append((micro_batch, statistics.median(backwards[1:])))
+
+    def _computed(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with torch.autocast("cpu", self.stage.compute, enabled=self.stage.compute is not None):
+            return forward()
+
+    def _message(self, inner: torch.Tensor) -> None:
+        size = self.everyone.size
+        if size > 1:
+            place = self.everyone.rank
+            part = inner.flatten()[: inner.numel() // self.plan.tp]
+            self.everyone.exchange([part], to=(place + 1) % size, source=(place - 1) % size).wait()
+
+    def _sums(self) -> None:
+        """Adding up gradients over the data ranks, as `optimize` does."""
+        axis: Axis = self.transport.axis(*optimize.DATA_AXES)
+        for numel in _SUM_NUMELS:
+            gradient = torch.zeros(numel, dtype=self.stage.dtype)
+
+            def add(gradient: torch.Tensor = gradient) -> None:
+                flat = axis.all_reduce_(torch.cat([gradient]))
+                gradient.copy_(flat)
+
+            self._time("sum", float(numel), add if axis.size > 1 else lambda: None)
+
+    def _steps(self) -> None:
+        """The norm, clipping and the optimizer over what a rank of this stage trains."""
+        trained = optimize.Trained([self.stage], self.transport)
+        numel = sum(parameter.numel() for parameter in trained.parameters)
+        if not numel:
+            return
+        optimizer = optimize.build(self.job.optimizer, trained)
+
+        def step() -> None:
+            for parameter in trained.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.full_like(parameter, 1e-3)
+            trained.norm()
+            trained.scale(0.5)
+            optimizer.step()
+
+        self._time("optimizer", float(numel), step)
+
+    def _time(self, piece: str, at: float, call: Callable[[], Any]) -> None:
+        """The median of some rounds, all ranks beginning together; the first round warms up."""
+        seconds = []
+        for _ in range(ROUNDS + 1):
+            self.everyone.barrier()
+            begun = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - begun)
+        self.found.setdefault(piece, []).append((at, max(1e-9, statistics.median(seconds[1:]))))
