@@ -95,16 +95,12 @@ class _Bench:
 
     def _piece(self, name: str, micro_batch: int, forward: Callable[[], torch.Tensor]) -> None:
         trained = any(parameter.requires_grad for parameter in self.stage.parameters())
-        results: list[torch.Tensor] = []
-
-        def one() -> None:
-            results[:] = [self._computed(forward)]
-
-        self._time(f"{name}-forward", micro_batch, one)
-        backwards = []
+        forwards, backwards = [], []
         for _ in range(ROUNDS + 1):
-            one()
-            (y,) = results
+            self.everyone.barrier()
+            begun = time.perf_counter()
+            y = self._computed(forward)
+            forwards.append(time.perf_counter() - begun)
             if not (y.requires_grad and trained):
                 backwards.append(1e-9)
                 continue
@@ -113,7 +109,9 @@ class _Bench:
             begun = time.perf_counter()
             torch.autograd.backward(y, gradient)
             backwards.append(time.perf_counter() - begun)
-        self.found.setdefault(f"{name}-backward", []).append((micro_batch, statistics.median(backwards[1:])))
+            del y, gradient  # as in a run, where a pass finds the memory of the one before it
+        for way, seconds in (("forward", forwards), ("backward", backwards)):
+            self.found.setdefault(f"{name}-{way}", []).append((micro_batch, statistics.median(seconds[1:])))
 
     def _computed(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.autocast("cpu", self.stage.compute, enabled=self.stage.compute is not None):
