@@ -23,7 +23,7 @@ from stretto.train.job import TrainJob
 from stretto.train.launch import run_ranks
 from stretto.train.plan import TrainPlan
 
-FRESH_S = 3600.0
+FRESH_S = 900.0
 """Tables older than this are measured anew."""
 _FORMAT = 1
 _LARGEST_ROWS = 2048

@@ -29,7 +29,7 @@ class Heard:
         steps: a row each, as `trainer.StepReport`, with the second `at` which it ended.
         evaluated: (step, loss) on the held-out text.
         spans: by rank, [start, finish, phase, step, micro-batch, stage].
-        peaks: most live bytes by rank, beside the weights.
+        peaks: most bytes of live tensors in the first two steps, by rank.
     """
 
     predicted_step_s: float
@@ -117,6 +117,7 @@ def _trace(heard: Heard) -> Trace:
         "training loss": [[row["step"], row["loss"]] for row in heard.steps],
         "held-out loss": [list(pair) for pair in heard.evaluated],
     }
+    recorder.attributes["peak_bytes"] = {str(rank): peak for rank, peak in sorted(heard.peaks.items())}
     return recorder.trace()
 
 

@@ -24,7 +24,9 @@ from stretto.train.trainer import StepReport, Trainer
 
 RECORDED_STEPS = 50
 """So many steps, from the first on, are kept span by span."""
-_WARM_UP = "default"
+COUNTED_STEPS = 2
+"""In so many steps, the first ones, live bytes are counted: the optimizer's moments are there from the second on."""
+_DEFAULT = "default"
 
 Emit = Callable[[Mapping[str, Any]], None]
 
@@ -50,7 +52,7 @@ def model_of(job: TrainJob) -> Model:
             )
         return Model(spec=files.spec, weights=files.weights, encoder=files.tokenizer)
     assert job.shape is not None
-    encoder: Encoder = Bytes() if job.tokenizer == "bytes" else open_model(_WARM_UP).tokenizer
+    encoder: Encoder = Bytes() if job.tokenizer == "bytes" else open_model(_DEFAULT).tokenizer
     return Model(spec=job.shape.spec(vocab=encoder.size, positions=job.sequence), weights=None, encoder=encoder)
 
 
@@ -90,7 +92,8 @@ def run_rank(
         stop = torch.tensor([float(transport.rank == 0 and (stopping() or late))])
         if float(everyone.maximum_(stop)):
             break
-        report = trainer.train_step() if trainer.step > first else live.around(trainer.train_step)
+        counted = trainer.step - first < COUNTED_STEPS
+        report = live.around(trainer.train_step) if counted else trainer.train_step()
         _told(trainer, report, emit)
         if report.step + 1 - first == RECORDED_STEPS:
             trainer.watcher.recording = False
@@ -109,7 +112,7 @@ def run_rank(
         {
             "done": trainer.step,
             "spans": trainer.watcher.spans(),
-            "peak_bytes": live.peak,
+            "peak_bytes": live.peak + trainer.weight_bytes,
             "meter": transport.meter.rows(),
         }
     )

@@ -155,6 +155,11 @@ class Trainer:
                 load_weights(stage, weights)
         return found
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters that lie here, a shared one once."""
+        return sum(parameter.nbytes for stage in self.stages.values() for parameter in stage.parameters())
+
     def train_step(self) -> StepReport:
         """One step of the optimizer over one global batch."""
         watcher, sent = self.watcher, self.transport.meter.bytes
