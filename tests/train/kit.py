@@ -140,7 +140,7 @@ def compare(job: TrainJob, plan: TrainPlan, expected: dict[str, Any], *, tight: 
                 value,
                 rtol=tight,
                 atol=tight if what == "weights" else tight * 1e-2,
-                msg=lambda m, n=name: f"{what} {n} of {plan}\n{m}",
+                msg=lambda m, w=what, n=name: f"{w} {n} of {plan}\n{m}",
             )
     return found
 

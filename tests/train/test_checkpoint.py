@@ -113,10 +113,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
     file = tmp_path / "step-1" / "rank-0.safetensors"
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(UserError, match="rank-0.safetensors: is damaged: its checksum"):
+    with pytest.raises(UserError, match=r"rank-0.safetensors: is damaged: its checksum"):
         checkpoint.Reader(tmp_path / "step-1")
     file.unlink()
-    with pytest.raises(UserError, match="rank-0.safetensors: is damaged"):
+    with pytest.raises(UserError, match=r"rank-0.safetensors: is damaged"):
         checkpoint.Reader(tmp_path / "step-1")
     file.write_bytes(good)
     other = kit.job_of(kit.untied(kit.DENSE))
@@ -132,5 +132,5 @@ def test_damage_is_named(tmp_path: Path) -> None:
     index = tmp_path / "step-1" / "index.json"
     changed = json.loads(index.read_text())
     index.write_text(json.dumps(changed | {"format": 99}))
-    with pytest.raises(UserError, match="index.json: is damaged: it is of another format"):
+    with pytest.raises(UserError, match=r"index.json: is damaged: it is of another format"):
         checkpoint.Reader(tmp_path / "step-1")

@@ -265,7 +265,7 @@ class Axis:
         return Axis(f"{self.name} ({name})", self.ranks, self.ranks[self.rank], self._line)
 
     def _everyones(self, kind: str, flat: torch.Tensor) -> list[torch.Tensor]:
-        return self._gathered(kind, flat, [torch.empty_like(flat) for _ in range(self.size)])
+        return self._gathered(kind, flat, [flat if place == self.rank else torch.empty_like(flat) for place in self])
 
     def _gathered(self, kind: str, own: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Each rank's `own` in the places of `parts`."""
