@@ -103,7 +103,7 @@ def test_a_server_from_flags_environment_and_file(folder: Path, tmp_path: Path, 
     assert server.client.get("/v1/models").status_code == 401
     assert server.client.get("/v1/models", headers=key).json()["data"][0]["id"] == "file"
     assert server.client.get("/v1/stretto/live", headers=key).json()["slots"] == 5
-    asked = {"prompt": "ab", "max_tokens": 3}
+    asked = {"prompt": "ab", "max_tokens": 3, "ignore_eos": True}
     assert server.client.post("/v1/completions", json=asked, headers={**key, "X-Request-Id": "r1"}).status_code == 200
     code, logged = server.end(signal.SIGTERM)
     assert code == 0

@@ -56,9 +56,12 @@ def run(world: int, name: str, *arguments: Any, timeout_s: float = 90.0) -> list
         _ranks.append(_Rank())
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        for rank in range(world):
-            _ranks[rank].pipe.send((name, rank, store, arguments))
-        found, problem = _collected(world, monotonic() + timeout_s)
+        try:
+            for rank in range(world):
+                _ranks[rank].pipe.send((name, rank, store, arguments))
+            found, problem = _collected(world, monotonic() + timeout_s)
+        except OSError as broken:
+            found, problem = {}, f"a rank died before its call: {broken}"
     if problem is not None:
         close()
         raise RankFailed(problem)

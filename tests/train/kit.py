@@ -45,11 +45,11 @@ def plan_of(job: TrainJob, **choices: Any) -> TrainPlan:
     return TrainPlan(devices=("node0/cpu0",) * world, threads=1, **choices)
 
 
-def samples() -> tuple[Samples, Samples]:
+def samples(length: int = LENGTH, vocab: int = VOCAB) -> tuple[Samples, Samples]:
     rng = np.random.default_rng(3)
-    tokens = rng.integers(0, VOCAB, 60 * LENGTH + 1).astype(np.int32)
-    kept = rng.integers(0, VOCAB, 11 * LENGTH + 1).astype(np.int32)
-    return Samples(tokens=tokens, length=LENGTH, seed=1), Samples(tokens=kept, length=LENGTH)
+    tokens = rng.integers(0, vocab, 60 * length + 1).astype(np.int32)
+    kept = rng.integers(0, vocab, 11 * length + 1).astype(np.int32)
+    return Samples(tokens=tokens, length=length, seed=1), Samples(tokens=kept, length=length)
 
 
 def one_rank(

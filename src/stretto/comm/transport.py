@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -152,6 +152,15 @@ class Message:
     rank: int
 
 
+class Line(Protocol):
+    """A rank's way to the others."""
+
+    def post(
+        self, kind: str, axis: Axis, sends: Sequence[Message], receives: Sequence[Message], tag: int
+    ) -> Callable[[], None]:
+        """Begin a round of messages; what is returned waits for its end."""
+
+
 class Axis:
     """The ranks that differ in one axis of the grid, or in some; with one rank every call returns at once.
 
@@ -161,7 +170,7 @@ class Axis:
         ranks: their numbers in the run.
     """
 
-    def __init__(self, name: str, ranks: tuple[int, ...], rank: int, line: _Line | None):
+    def __init__(self, name: str, ranks: tuple[int, ...], rank: int, line: Line | None):
         self.name, self.ranks = name, ranks
         self.rank, self.size = ranks.index(rank), len(ranks)
         self.tag = zlib.crc32(name.encode()) % 2**30  # what belongs to different axes never meets

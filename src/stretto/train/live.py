@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 
@@ -30,18 +31,21 @@ class LiveBytes(TorchDispatchMode):
             return call()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else (out,):
+        for each in tree_leaves((args, kwargs)):  # what comes from outside counts for nothing, nor do views of it
             if isinstance(each, torch.Tensor):
-                self._note(each)
+                self._note(each, outside=True)
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor):
+                self._note(each, outside=False)
         return out
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    def _note(self, tensor: torch.Tensor, *, outside: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes()
+        size = 0 if outside else storage.nbytes()
         self._known[key] = size
         self.now += size
         self.peak = max(self.peak, self.now)

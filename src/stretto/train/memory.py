@@ -1,233 +1,130 @@
-"""Bytes of a rank: weights, gradients, moments, and the activations that its pipeline order keeps.
+"""Most bytes of tensors that a rank holds at once: its walk through a step, with what each piece holds (`traced`).
 
-What a layer keeps until its backward is found by running this package's own layer on tensors without contents
-(torch's fake tensors), which make every allocation that real ones would; sizes need no machine. With experts, every
-expert is taken to get its mean share.
+Weights and the optimizer's moments are always there. Activations come with each forward and go with its backward, as
+the pipeline's order has it; gradients come with a stage's first backward. Then gradients are summed over the ranks
+bucket by bucket, and the optimizer makes its copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterator
 
-from stretto.core.orders import Order
-from stretto.models.parallel.tensor import share
+from stretto.core.orders import Action, Order
 from stretto.models.spec import ModelSpec
 from stretto.train.job import TrainJob
+from stretto.train.optimize import DATA_AXES, in_buckets
 from stretto.train.plan import TrainPlan
+from stretto.train.traced import Parameter, parameters, pass_bytes
 
 _MOMENTS = {"adamw": 2, "sgd": 0}
 _STEP_COPIES = {"adamw": 1, "sgd": 0}
 """Tensors as large as all trained weights that a step of the optimizer makes for a while (foreach)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassBytes:
-    """Bytes of one micro-batch in a piece.
-
-    Attributes:
-        kept: held from forward until backward, the result included.
-        forward, backward: most at once beyond what is kept before, while it computes.
-    """
-
-    kept: float
-    forward: float
-    backward: float
+_SUM_COPIES = 3
+"""Of a bucket while it is summed: joined, received, and the sum."""
 
 
 def peak_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> list[float]:
-    """Most bytes of tensors at once, by pipeline rank; of an uneven tensor axis the fullest rank."""
+    """By pipeline rank; of an uneven tensor axis the fullest rank."""
     order = plan.order(job)
-    return [_rank_bytes(job, plan, spec, order, rank) for rank in range(plan.pp)]
+    return [_Walk(job, plan, spec, order, rank).peak() for rank in range(plan.pp)]
 
 
 def held_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec, stage: int) -> float:
     """Bytes that a forward of a stage keeps until its backward."""
-    pieces = _pieces(job, plan, spec)
-    return sum(pieces[name].kept * count for name, count in _counts(plan, stage).items())
+    pieces = pass_bytes(job, plan, spec)
+    return sum(pieces[name].kept for name in _pieces(plan, stage))
 
 
 def trained_numel(job: TrainJob, plan: TrainPlan, spec: ModelSpec, pipeline_rank: int) -> float:
     """Numbers that a rank trains."""
-    return sum(_numel(job, plan, spec, stage, trained=True) for stage in _stages(plan, pipeline_rank))
+    return float(sum(each.numel for each in _of_rank(job, plan, spec, pipeline_rank) if each.trained))
 
 
-def weight_numel(job: TrainJob, plan: TrainPlan, spec: ModelSpec, pipeline_rank: int) -> float:
-    """Numbers that a rank holds as weights."""
-    return sum(_numel(job, plan, spec, stage, trained=False) for stage in _stages(plan, pipeline_rank))
-
-
-def _rank_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec, order: Order, rank: int) -> float:
-    width = 8.0 if job.dtype == "fp64" else 4.0
-    trained = trained_numel(job, plan, spec, rank) * width
-    still = weight_numel(job, plan, spec, rank) * width + trained * _MOMENTS[job.optimizer.name]
-    pieces = _pieces(job, plan, spec)
-    held = most = 0.0
-    # Gradients appear in the first backward of a stage; from then on all of that stage's are there.
-    grads: set[int] = set()
-    for action in order.programs[rank]:
-        counts = _counts(plan, action.stage)
-        kept = held_bytes(job, plan, spec, action.stage)
-        now = held + sum(_numel(job, plan, spec, stage, trained=True) for stage in grads) * width
-        if action.kind == "forward":
-            most = max(most, now + kept + max(pieces[name].forward - pieces[name].kept for name in counts))
-            held += kept
-        else:
-            grads.add(action.stage)
-            fresh = sum(_numel(job, plan, spec, stage, trained=True) for stage in grads) * width
-            most = max(most, held + fresh + max(pieces[name].backward - pieces[name].kept for name in counts))
-            held -= kept
-    stepping = trained * (1 + _STEP_COPIES[job.optimizer.name])
-    return still + max(most, stepping)
-
-
-def _stages(plan: TrainPlan, rank: int) -> list[int]:
-    return [rank + chunk * plan.pp for chunk in range(plan.chunks)]
-
-
-def _counts(plan: TrainPlan, stage: int) -> dict[str, int]:
-    """How many of each piece a stage has."""
-    found = {"layer": plan.layers[stage]}
+def _pieces(plan: TrainPlan, stage: int) -> Iterator[str]:
+    """Of a stage, in the order of a forward pass."""
     if stage == 0:
-        found["embed"] = 1
+        yield "embed"
+    yield from ["layer"] * plan.layers[stage]
     if stage == plan.pp * plan.chunks - 1:
-        found["head"] = 1
+        yield "head"
+
+
+def _of_rank(job: TrainJob, plan: TrainPlan, spec: ModelSpec, rank: int) -> list[Parameter]:
+    """The parameters of a rank's stages, in the order of the stages, one that two pieces share once."""
+    pieces, last = parameters(job, plan, spec), plan.pp * plan.chunks - 1
+    found: list[Parameter] = []
+    for stage in range(rank, last + 1, plan.pp):
+        for name in _pieces(plan, stage):
+            whole = pieces[name]
+            shared = name == "head" and last == 0 and spec.tied_embeddings
+            found += whole[:-1] if shared else whole  # the norm, and the embedding's own table
     return found
 
 
-def _numel(job: TrainJob, plan: TrainPlan, spec: ModelSpec, stage: int, *, trained: bool) -> float:
-    groups = len(share(spec.kv_heads, 0, plan.tp))
-    ffn = len(share(spec.ffn, 0, plan.tp))
-    q, kv = groups * (spec.heads // spec.kv_heads) * spec.head_dim, groups * spec.head_dim
-    hidden, experts = spec.hidden, spec.experts // plan.ep
-    matrices = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    if not spec.experts:
-        matrices |= {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
-    adapters = job.adapters
-    ranks = adapters.rank if adapters else 0
-    lora = sum(ranks * (a + b) for name, (a, b) in matrices.items() if adapters and name in adapters.targets)
-    if trained and adapters:
-        return float(plan.layers[stage] * lora)
-    layer = sum(a * b for a, b in matrices.values()) + lora + 2 * hidden
-    layer += 3 * experts * ffn * hidden + spec.experts * hidden
-    layer += (q + 2 * kv if spec.qkv_bias else 0) + (2 * spec.head_dim if spec.qk_norm else 0)
-    last = plan.pp * plan.chunks - 1
-    table = len(share(spec.vocab, 0, plan.tp)) * hidden
-    ends = (table if stage == 0 else 0) + (hidden if stage == last else 0)
-    if stage == last and (last > 0 or not spec.tied_embeddings):
-        ends += table
-    return float(plan.layers[stage] * layer + ends)
+class _Walk:
+    """One rank's step, action by action."""
 
+    def __init__(self, job: TrainJob, plan: TrainPlan, spec: ModelSpec, order: Order, rank: int):
+        self.job, self.plan, self.spec, self.order, self.rank = job, plan, spec, order, rank
+        self.width = 8.0 if job.dtype == "fp64" else 4.0
+        self.pieces = pass_bytes(job, plan, spec)
+        self.mine = _of_rank(job, plan, spec, rank)
+        self.grads_of = {
+            name: self.width * sum(each.numel for each in found if each.trained)
+            for name, found in parameters(job, plan, spec).items()
+        }
+        if plan.pp * plan.chunks == 1 and spec.tied_embeddings:
+            self.grads_of["embed"] = 0.0  # the head's backward has made them
+        self.boundary = self.width * plan.micro_batch * (job.sequence // plan.cp) * spec.hidden
+        chunks = plan.chunks
+        # The next input of each way is asked for ahead.
+        receives = (rank > 0 or chunks > 1) + (rank < plan.pp - 1 or chunks > 1) if plan.pp > 1 else 0
+        self.asked = receives * self.boundary
+        self.held = self.grads = self.sent = self.most = 0.0
+        self.begun: set[int] = set()
 
-def _pieces(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> dict[str, PassBytes]:
-    cut = (plan.tp, plan.cp, plan.ep, plan.attention, plan.cp_layout, plan.micro_batch, plan.recompute)
-    return _traced(
-        replace(spec, layers=1),
-        job.sequence,
-        job.dtype,
-        job.adapters.rank if job.adapters else 0,
-        job.adapters.targets if job.adapters else (),
-        *cut,
-    )
+    def peak(self) -> float:
+        for action in self.order.programs[self.rank]:
+            if action.kind == "forward":
+                self._forward(action)
+            else:
+                self._backward(action)
+        optimizer = self.job.optimizer.name
+        weights = self.width * sum(each.numel for each in self.mine)
+        trained = self.width * sum(each.numel for each in self.mine if each.trained)
+        self.most = max(self.most, trained + self._summing(), trained * (1 + _STEP_COPIES[optimizer]))
+        return weights + trained * _MOMENTS[optimizer] + self.most
 
+    def _forward(self, action: Action) -> None:
+        if action.stage:
+            self.held += self.boundary  # what came in
+        for name in _pieces(self.plan, action.stage):
+            self._see(self.pieces[name].forward)
+            self.held += self.pieces[name].kept
 
-@lru_cache(maxsize=512)
-def _traced(
-    spec: ModelSpec,
-    sequence: int,
-    dtype: str,
-    lora_rank: int,
-    targets: tuple[str, ...],
-    tp: int,
-    cp: int,
-    ep: int,
-    attention: str,
-    layout: str,
-    micro_batch: int,
-    recompute: bool,
-) -> dict[str, PassBytes]:
-    """Bytes of the pieces of a stage that is cut so."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.checkpoint import checkpoint
+    def _backward(self, action: Action) -> None:
+        if action.stage:
+            self.sent += self.boundary  # a gradient on its way, until the step ends
+        for name in reversed(list(_pieces(self.plan, action.stage))):
+            self.held -= self.pieces[name].kept
+            self._see(self.pieces[name].backward)
+            if action.stage not in self.begun:
+                self.grads += self.grads_of[name]
+        self.begun.add(action.stage)
+        if action.stage:
+            self.held -= self.boundary
 
-    from stretto.models.causal import CausalStage, Lora, Split
+    def _see(self, more: float) -> None:
+        self.most = max(self.most, self.held + self.grads + self.sent + self.asked + more)
 
-    if spec.experts:  # fake tensors cannot be routed: a dense MLP as wide as what a token meets is as large
-        spec = replace(spec, ffn=spec.ffn * spec.top_k, experts=0, top_k=0)
-    split = Split(tp=_imagined("tp", tp), cp=_imagined("cp", cp), attention=attention, layout=layout)  # type: ignore[arg-type]
-    lora = Lora(rank=lora_rank, alpha=1.0, targets=targets) if lora_rank else None
-    width = 2.0 if dtype == "fp64" else 1.0  # traced in fp32, of which fp64 is twice
-    with FakeTensorMode():
-        stage = CausalStage(spec, split=split, lora=lora, compute=torch.bfloat16 if dtype == "bf16" else None)
-        for parameter in stage.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        table, layer, norm = stage.model.embed_tokens, stage.model.layers["0"], stage.model.norm
-        assert table is not None
-        assert norm is not None
-        tokens = torch.zeros(micro_batch, sequence // cp, dtype=torch.int64)
-        turns = stage._turn(sequence)
-        x = torch.zeros(micro_batch, sequence // cp, spec.hidden).requires_grad_()
-
-        def through() -> torch.Tensor:
-            found: torch.Tensor = checkpoint(layer, x, turns, use_reentrant=False) if recompute else layer(x, turns)
-            return found
-
-        def head() -> torch.Tensor:
-            return stage.head.losses(norm(x).flatten(0, 1), tokens.flatten()).sum()
-
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            return {
-                "embed": _bytes_of(lambda: table.embed(tokens), width),
-                "layer": _bytes_of(through, width),
-                "head": _bytes_of(head, width),
-            }
-
-
-def _bytes_of(forward: Any, width: float) -> PassBytes:
-    import torch
-
-    from stretto.train.live import LiveBytes
-
-    live = LiveBytes()
-    y = live.around(forward)
-    kept, forward_peak = live.now, live.peak
-    live.peak = live.now
-    backward = float(kept)
-    if y.requires_grad:
-        gradient = torch.ones_like(y)
-        with live:
-            torch.autograd.backward(y, gradient)
-        backward = float(live.peak + gradient.untyped_storage().nbytes())
-    return PassBytes(kept=kept * width, forward=forward_peak * width, backward=backward * width)
-
-
-def _imagined(name: str, size: int) -> Any:
-    """The first place of an axis of so many ranks, whose calls return what has the right shape and move nothing."""
-    import torch
-
-    from stretto.comm.transport import Axis, Pending, done
-
-    class Imagined(Axis):
-        def __init__(self) -> None:
-            super().__init__(name, tuple(range(size)), 0, None)
-
-        def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor
-
-        def maximum_(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor
-
-        def exchange(self, tensors: Sequence[torch.Tensor], *, to: int, source: int) -> Pending[list[torch.Tensor]]:
-            return done([torch.empty_like(tensor) for tensor in tensors])
-
-        def all_to_all(self, tensor: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
-            return tensor.new_empty(sum(receive), *tensor.shape[1:])
-
-        def apart(self, name: str) -> Axis:
-            return self
-
-    return Imagined()
+    def _summing(self) -> float:
+        """Bytes of the largest bucket's copies while gradients are summed."""
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for each in self.mine:
+            axes = (*(axis for axis in DATA_AXES if axis not in each.split), *each.partial)
+            if each.trained and self.plan.grid.size(*axes) > 1:
+                groups.setdefault(axes, []).append(each.numel)
+        buckets = [sum(bucket) for numels in groups.values() for bucket in in_buckets(numels, lambda numel: numel)]
+        tied = self.spec.tied_embeddings and self.plan.pp > 1 and self.rank in (0, self.plan.pp - 1)
+        table = self.grads_of["embed"] if tied else 0.0  # what comes from the other end
+        return max(table, _SUM_COPIES * self.width * max(buckets, default=0))

@@ -7,19 +7,24 @@ rank that holds a part, one that is whole by the first rank of those axes alone,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 
-from stretto.comm.transport import Transport
+from stretto.comm.transport import Axis, Transport
 from stretto.models.causal import CausalStage, Placement
 from stretto.train.job import Optimizer
 
 DATA_AXES = ("dp", "ep", "cp")
 """The axes whose ranks see different tokens."""
 _BUCKET_NUMEL = 8_000_000
+_NORM_NUMEL = 1_000_000
+"""So many gradients at a time are widened for the norm."""
 _LEAST_SHARE = 0.1
+
+
+T = TypeVar("T")
 
 
 class StepHook(Protocol):
@@ -64,10 +69,8 @@ class Trained:
         for axes in sorted(groups):
             axis = self.transport.axis(*axes)
             if axis.size > 1:
-                for bucket in _buckets(groups[axes]):
-                    flat = axis.all_reduce_(torch.cat([gradient.view(-1) for gradient in bucket]))
-                    for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                        gradient.copy_(part.view_as(gradient))
+                for bucket in in_buckets(groups[axes], torch.Tensor.numel):
+                    _sum_bucket(bucket, axis)
 
     def _sum_tied(self) -> None:
         """Gradients of the embedding and of the head that is its copy, on the first and on the last rank."""
@@ -82,7 +85,7 @@ class Trained:
             other = pp.size - 1 if stage.first else 0
             pending = pp.exchange([table.grad], to=other, source=other)
             (theirs,) = pending.wait()
-            table.grad = table.grad + theirs if stage.first else theirs + table.grad
+            table.grad += theirs  # of two, any order gives the same bits
 
     def norm(self) -> float:
         """The length of the whole gradient, the same on every rank."""
@@ -90,7 +93,8 @@ class Trained:
         for name, parameter, place in zip(self.names, self.parameters, self.places, strict=True):
             if self._counts(name, parameter, place, ("tp", "ep")):
                 assert parameter.grad is not None
-                total += parameter.grad.double().square().sum()
+                for part in parameter.grad.view(-1).split(_NORM_NUMEL):
+                    total += part.double().square().sum()
         return math.sqrt(float(self.transport.axis("pp", "ep", "tp").all_reduce_(total)))
 
     def writes(self, name: str, parameter: torch.nn.Parameter, place: Placement) -> bool:
@@ -115,16 +119,22 @@ class Trained:
             parameter.grad = None
 
 
-def _buckets(gradients: Sequence[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
-    """Neighbours of one type together up to a size, so that small ones share a message."""
-    bucket: list[torch.Tensor] = []
-    for gradient in gradients:
-        if bucket and sum(each.numel() for each in bucket) + gradient.numel() > _BUCKET_NUMEL:
+def in_buckets(items: Iterable[T], numel: Callable[[T], int]) -> Iterator[list[T]]:
+    """Neighbours together up to a size, so that small ones share a message."""
+    bucket: list[T] = []
+    for item in items:
+        if bucket and sum(map(numel, bucket)) + numel(item) > _BUCKET_NUMEL:
             yield bucket
             bucket = []
-        bucket.append(gradient)
+        bucket.append(item)
     if bucket:
         yield bucket
+
+
+def _sum_bucket(bucket: Sequence[torch.Tensor], axis: Axis) -> None:
+    flat = axis.all_reduce_(torch.cat([gradient.view(-1) for gradient in bucket]))
+    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def build(settings: Optimizer, trained: Trained) -> torch.optim.Optimizer:

@@ -101,8 +101,7 @@ class MoE(nn.Module):
     def dispatch(self, rows: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Rows [T, hidden] through `chosen` experts [T, k], weighed by `gates` [T, k] and summed."""
         copies = chosen.flatten()
-        own = torch.bincount(copies, minlength=self.experts)
-        counts = self.axis.all_gather(own[None]).numpy() if self.axis.size > 1 else own[None].numpy()
+        counts = self.count(copies)
         plan = self._plan(counts)
         route = routes(plan, counts, self.axis.rank)
 
@@ -121,6 +120,12 @@ class MoE(nn.Module):
         back: torch.Tensor = _Exchange.apply(results, self.axis, receive, send)  # type: ignore[no-untyped-call]
         unsorted = torch.empty_like(back).index_copy(0, order, back)
         return (unsorted.view(-1, self.top_k, rows.shape[1]) * gates[..., None].to(back.dtype)).sum(1)
+
+    def count(self, copies: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """[places, experts]: how many copies of its tokens each place has for each expert."""
+        own = torch.bincount(copies, minlength=self.experts)[None]
+        counts: np.ndarray[Any, np.dtype[np.int64]] = self.axis.all_gather(own).numpy()
+        return counts
 
     def _plan(self, counts: np.ndarray[Any, np.dtype[np.int64]]) -> ExpertPlan:
         begun = time.perf_counter()
