@@ -1,5 +1,5 @@
-"""The front door: `stretto probe | plan | simulate | run | serve | quantize | claims | systems`, one file a command
-(`batch` is with `serve`).
+"""The front door: `stretto probe | plan | simulate | run | rank | serve | quantize | claims | systems`, one file a
+command (`batch` is with `serve`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def application() -> typer.Typer:
     """The typer application with all of its commands; each file adds its own when it is imported."""
-    from stretto.cli import claims, plan, probe, quantize, run, serve, simulate, systems  # noqa: F401
+    from stretto.cli import claims, plan, probe, quantize, rank, run, serve, simulate, systems  # noqa: F401
     from stretto.cli.app import app
 
     return app

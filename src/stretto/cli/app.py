@@ -42,9 +42,10 @@ def common(
     """Options before any command."""
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n")
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """One JSON document on stdout; without `indent` on one line."""
+    sys.stdout.write(json.dumps(value, indent=indent, allow_nan=False, default=_plain) + "\n")
+    sys.stdout.flush()
 
 
 def _plain(value: Any) -> Any:

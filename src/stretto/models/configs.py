@@ -91,7 +91,7 @@ def spec_from_config(config: Mapping[str, Any], *, file: str) -> ModelSpec:
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """A `config.json` from which `spec_from_config` makes `spec` again."""
+    """A `config.json` from which `spec_from_config` makes `spec` again; with experts, Mixtral's."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_theta}
     scaling = spec.rope_scaling
     if scaling is not None:
@@ -102,9 +102,10 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
                 "high_freq_factor": scaling.high_frequency,
                 "original_max_position_embeddings": scaling.original_positions,
             }
+    experts = {"num_local_experts": spec.experts, "num_experts_per_tok": spec.top_k, "sliding_window": None}
     return {
-        "architectures": [_ARCHITECTURES[spec.family]],
-        "model_type": spec.family,
+        "architectures": ["MixtralForCausalLM" if spec.experts else _ARCHITECTURES[spec.family]],
+        "model_type": "mixtral" if spec.experts else spec.family,
         "hidden_act": "silu",
         "hidden_size": spec.hidden,
         "intermediate_size": spec.ffn,
@@ -119,7 +120,7 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
         "rope_theta": spec.rope_theta,
         "rope_parameters": rope,
         "dtype": "float32",
-    } | ({"sliding_window": None} if spec.family == "mistral" else {})
+    } | (experts if spec.experts else {"sliding_window": None} if spec.family == "mistral" else {})
 
 
 def _window(fields: _Fields) -> int:

@@ -105,6 +105,13 @@ def samples(
     return train, Samples(tokens=stream[cut:], length=length, seed=seed)
 
 
+def check_sources(sources: Sequence[str]) -> None:
+    """Raise as `samples` does for a file that is not there, before anything is read."""
+    for number, source in enumerate(sources):
+        if source != REFERENCE and not source.startswith(_HUB):
+            _files(source, f"data.{number}")
+
+
 def texts(sources: Sequence[str]) -> Iterable[str]:
     """Every text of the sources, one after another; raises as `samples` does."""
     for number, source in enumerate(sources):
@@ -122,13 +129,17 @@ def _reference() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def _from_files(pattern: str, field: str) -> Iterable[str]:
+def _files(pattern: str, field: str) -> list[Path]:
     found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
     files = [Path(name) for name in found if Path(name).is_file()]
     if not files:
         right = f"{REFERENCE}, the path of a text file, or {_HUB}NAME for a Hugging Face data set"
         raise UserError(f"there is no file {pattern!r}", field=field, right=right)
-    for file in files:
+    return files
+
+
+def _from_files(pattern: str, field: str) -> Iterable[str]:
+    for file in _files(pattern, field):
         if file.stat().st_size > _MOST_BYTES:
             raise UserError("is too large", file=str(file), field=field, right=f"at most {_MOST_BYTES} bytes a file")
         try:

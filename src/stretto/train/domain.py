@@ -60,8 +60,10 @@ class TrainDomain:
         return predict(job, plan, spec_of(job), cluster)
 
     def prepare(self, job: TrainJob, cluster: Cluster, progress: Progress) -> Cluster:
+        from stretto.train.data import check_sources
         from stretto.train.prepare import prepare
 
+        check_sources(job.data)
         spec = spec_of(job)
         able = [plan for plan in self.candidates(job, cluster) if self.check(job, plan, cluster) is None]
         return prepare(job, spec, able, cluster, progress)

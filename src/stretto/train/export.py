@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from stretto.train.checkpoint import Reader
 from stretto.train.job import TrainJob
 from stretto.train.session import model_of
 
+_MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+
 
 def check_place(folder: Path) -> None:
     """`UserError` unless `folder` can be made: it must not exist, and its parent must."""
@@ -32,18 +35,22 @@ def check_place(folder: Path) -> None:
 def export(job: TrainJob, checkpoint: Path, folder: Path) -> None:
     """Write the model of a checkpoint; of a job with adapters the adapters alone, in the form that peft reads.
 
+    A model with experts takes Mixtral's form, whose router and experts it has.
+
     Raises:
-        UserError: the folder exists or cannot be written, or the model has experts, for which there is no config yet.
+        UserError: the folder exists or cannot be written.
     """
     check_place(folder)
     model = model_of(job)
-    if model.spec.experts:
-        raise UserError("a model with experts has no form there yet", field="export", right="leave it out")
     reader = Reader(checkpoint)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
         if job.adapters is None:
-            tensors = {name: reader.whole(name).float().contiguous() for name in reader.names()}
+            tensors = {
+                new: part.contiguous()
+                for name in reader.names()
+                for new, part in _renamed(name, reader.whole(name).float())
+            }
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
             _write_json(temporary / "config.json", config_of(model.spec))
             if isinstance(model.encoder, Tokenizer):
@@ -77,6 +84,18 @@ def merged(job: TrainJob, checkpoint: Path) -> CausalStage:
             if parameter.requires_grad:
                 parameter.copy_(reader.read(reader.stored_name(name), places[name], parameter))
     return stage
+
+
+def _renamed(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensor by the name that transformers has for it; those of experts one by one."""
+    layer, moe, part = name.partition(".mlp.moe.")
+    if not moe:
+        yield name, tensor
+    elif part == "router":
+        yield f"{layer}.block_sparse_moe.gate.weight", tensor
+    else:
+        for number, matrix in enumerate(tensor):
+            yield f"{layer}.block_sparse_moe.experts.{number}.{_MIXTRAL[part]}.weight", matrix
 
 
 def _adapter_config(job: TrainJob) -> dict[str, Any]:

@@ -215,6 +215,7 @@ class TrainJob:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1 step, or left out")
         require(self.save_every is None or self.checkpoint is not None, "checkpoint", None, "a folder, to save into")
+        require(self.export is None or self.checkpoint is not None, "checkpoint", None, "a folder, to export from")
         require(0 <= self.held_out < 0.5, "held_out", self.held_out, "in [0, 0.5)")
         require(1 <= self.keep <= 1000, "keep", self.keep, "in 1 .. 1000")
         require(1 <= self.timeout_s <= 86400, "timeout_s", self.timeout_s, "in 1 .. 86400 seconds")

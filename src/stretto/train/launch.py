@@ -76,7 +76,7 @@ def run_ranks(
                     "micro_batches": list(micro_batches),
                 }
                 ranks.append(_Rank(rank, order, said))
-            _watch(ranks, said, hear, stopping, job)
+            _watch(ranks, said, hear, stopping, job, plan)
         finally:
             for each in ranks:
                 each.end()
@@ -160,6 +160,7 @@ def _watch(
     hear: Callable[[int, dict[str, Any]], None],
     stopping: Callable[[], bool],
     job: TrainJob,
+    plan: TrainPlan,
 ) -> None:
     going = {rank.number for rank in ranks}
     failures: list[dict[str, Any]] = []
@@ -176,9 +177,7 @@ def _watch(
             going.discard(found.rank)
             heard = any(failure["rank"] == found.rank for failure in failures)
             if ranks[found.rank].process.returncode and not heard:
-                failures.append(
-                    {"rank": found.rank, "failed": ranks[found.rank].death(), "lost": False, "stages": None}
-                )
+                failures.append({"rank": found.rank, "failed": ranks[found.rank].death(), "lost": False})
         elif "failed" in found.message:
             failures.append(found.message)
         else:
@@ -186,15 +185,18 @@ def _watch(
         if failures and deadline == float("inf"):
             deadline = time.monotonic() + _GRACE_S
     if failures:
-        raise _failed(failures, job)
+        raise _failed(failures, going - {failure["rank"] for failure in failures}, job, plan)
 
 
-def _failed(failures: Sequence[dict[str, Any]], job: TrainJob) -> RankFailed:
+def _failed(failures: Sequence[dict[str, Any]], silent: set[int], job: TrainJob, plan: TrainPlan) -> RankFailed:
+    """One error for all: the first that did not merely lose another; else the one that was lost without a word."""
     first = min(failures, key=lambda failure: failure["lost"])
-    stages = first["stages"]
-    where = f" (stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))})" if stages else ""
-    verb = "" if stages is None else "failed: "
+    rank, cause = first["rank"], first["failed"]
+    if first["lost"] and silent:
+        rank, cause = min(silent), f"fell silent: {cause}"
+    stages = plan.stages_of(plan.grid.coordinate(rank, "pp"))
+    where = f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"
     right = "the run has ended"
     if job.checkpoint is not None:
         right += f"; run the job again to go on from the newest checkpoint in {job.checkpoint}"
-    return RankFailed(f"rank {first['rank']}{where} {verb}{first['failed']}", right=right)
+    return RankFailed(f"rank {rank} ({where}) {cause}", right=right)

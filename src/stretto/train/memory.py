@@ -51,12 +51,12 @@ def _pieces(plan: TrainPlan, stage: int) -> Iterator[str]:
 
 def _of_rank(job: TrainJob, plan: TrainPlan, spec: ModelSpec, rank: int) -> list[Parameter]:
     """The parameters of a rank's stages, in the order of the stages, one that two pieces share once."""
-    pieces, last = parameters(job, plan, spec), plan.pp * plan.chunks - 1
+    pieces = parameters(job, plan, spec)
     found: list[Parameter] = []
-    for stage in range(rank, last + 1, plan.pp):
+    for stage in plan.stages_of(rank):
         for name in _pieces(plan, stage):
             whole = pieces[name]
-            shared = name == "head" and last == 0 and spec.tied_embeddings
+            shared = name == "head" and plan.pp == 1 and spec.tied_embeddings
             found += whole[:-1] if shared else whole  # the norm, and the embedding's own table
     return found
 

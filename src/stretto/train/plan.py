@@ -87,6 +87,10 @@ class TrainPlan:
         """The pipeline's table."""
         return order_of(self.schedule, self.pp, self.micro_batches(job), self.chunks)
 
+    def stages_of(self, pipeline_rank: int) -> list[int]:
+        """The stages that lie on a rank of the pipeline."""
+        return [pipeline_rank + chunk * self.pp for chunk in range(self.chunks)]
+
     def stage_layers(self, stage: int) -> range:
         """The numbers of the layers of a stage."""
         first = sum(self.layers[:stage])

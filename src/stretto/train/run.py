@@ -13,6 +13,7 @@ from stretto.core.record import Recorder
 from stretto.core.trace import Key, Trace
 from stretto.models.spec import ModelSpec
 from stretto.train import checkpoint
+from stretto.train.data import check_sources
 from stretto.train.export import check_place, export
 from stretto.train.job import TrainJob
 from stretto.train.launch import run_ranks
@@ -70,6 +71,7 @@ def run(plan: Plan[TrainJob, TrainPlan], spec: ModelSpec, forecast: Prediction, 
         UserError: a rank failed; names it, its stages and the cause.
     """
     job, choices = plan.job, plan.choices
+    check_sources(job.data)
     if job.export is not None:
         check_place(Path(job.export))
     heard = Heard(predicted_step_s=forecast.metrics["step"].value.value, ctx=ctx)

@@ -37,7 +37,7 @@ def main() -> int:
     try:
         _work(order, job, plan, emit, stopping)
     except Exception as problem:  # noqa: BLE001 (whatever it is, the parent tells the user)
-        emit(_failure(order["rank"], plan, problem))
+        emit(failure(order["rank"], problem))
         return 1
     return 0
 
@@ -63,19 +63,18 @@ def _work(order: dict[str, Any], job: TrainJob, plan: TrainPlan, emit: Any, stop
         transport.close()
 
 
-def _failure(rank: int, plan: TrainPlan, problem: Exception) -> dict[str, Any]:
+def failure(rank: int, problem: Exception) -> dict[str, Any]:
+    """What a rank says of itself when it fails: the cause, and whether it merely lost another."""
     from stretto.comm.transport import RankLost
 
-    pipeline_rank = plan.grid.coordinate(rank, "pp")
-    stages = [pipeline_rank + chunk * plan.pp for chunk in range(plan.chunks)]
     frames = traceback.extract_tb(problem.__traceback__)
     where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
     told = " ".join(str(problem).split()) or type(problem).__name__
+    of_type = f"{type(problem).__name__} at {where}: {told}"
     users = isinstance(problem, UserError | ValueError)
     return {
-        "failed": told if users or isinstance(problem, RankLost) else f"{type(problem).__name__} at {where}: {told}",
+        "failed": told if isinstance(problem, RankLost) else f"failed: {told if users else of_type}",
         "rank": rank,
-        "stages": stages,
         "lost": isinstance(problem, RankLost),
     }
 

@@ -1,0 +1,47 @@
+"""`stretto rank JOB|PLAN`: one rank of a training plan, in a process that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import stretto
+from stretto.cli.app import app, console, print_json
+from stretto.core.errors import UserError
+
+
+@app.command()
+def rank(
+    what: Path = typer.Argument(metavar="JOB|PLAN", help="A plan file, or a training job, planned for `--on`."),
+    on: Path = typer.Option(
+        None, "--on", help="The cluster file of the machines; needed for a job, and for a plan's forecast."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print a line of JSON for each thing that happens."),
+) -> None:
+    """Be one rank of a training plan: torchrun --nnodes 2 --nproc-per-node 4 ... -m stretto rank plan.yaml."""
+    from stretto.train.joined import join
+
+    chosen = stretto.load(what)
+    if not isinstance(chosen, stretto.Plan):
+        if on is None:
+            raise UserError("a job needs the machines it is for", file=str(what), right="--on CLUSTER, or a plan file")
+        chosen = stretto.plan(chosen, on=on).best  # every rank finds the same one
+    if chosen.kind != "train":
+        raise UserError(f"is of kind {chosen.kind}", file=str(what), field="kind", right="train")
+
+    def tell(message: Mapping[str, Any]) -> None:
+        if as_json:
+            print_json(message, indent=None)
+        elif "loss" in message:
+            speed = message["tokens"] / message["seconds"]
+            console.print(
+                f"step {message['step'] + 1}  loss {message['loss']:.4f}  {speed:.0f} tokens/s", highlight=False
+            )
+        elif "evaluated" in message:
+            console.print(f"held-out text: loss {message['evaluated']:.4f} at step {message['step']}", highlight=False)
+
+    join(chosen, tell if os.environ.get("RANK", "0") == "0" else lambda message: None)
