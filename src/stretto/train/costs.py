@@ -8,7 +8,7 @@ and how many ranks work beside it. On machines that were not measured, a forward
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from stretto.core.orders import Action, Order
 from stretto.hardware import cost
@@ -23,8 +23,10 @@ from stretto.train.plan import TrainPlan
 PIECES = ("embed", "layer", "head")
 _OPTIMIZER_BYTES = 28.0
 """Bytes that a step of AdamW moves a weight: weight, gradient and two moments read, three of them written, in fp32."""
+_BACKWARD = 2.0
+"""Over forward: each product has one for its input's gradient and one for its weight's, which frozen weights lack."""
 _SPREAD = 0.3
-"""Of a step that was modelled: what the kernel model's own interval does not say (backward as twice forward)."""
+"""Of a step that was modelled: what the kernel model's own interval does not say (backward as so much)."""
 SPREAD_MEASURED = 0.15
 
 
@@ -62,6 +64,7 @@ class StepCosts:
     spec: ModelSpec
     cluster: Cluster
     order: Order
+    _known: dict[tuple[str, str, int], float] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def measured(self) -> bool:
@@ -74,6 +77,22 @@ class StepCosts:
         return SPREAD_MEASURED if self.measured else _SPREAD
 
     def compute(self, action: Action) -> float:
+        return self._once("compute", action)
+
+    def message(self, action: Action) -> float:
+        return self._once("message", action)
+
+    def held(self, action: Action) -> float:
+        return self._once("held", action)
+
+    def _once(self, what: str, action: Action) -> float:
+        """All micro-batches cost a stage the same."""
+        key = (what, action.kind, action.stage)
+        if key not in self._known:
+            self._known[key] = getattr(self, f"_{what}")(action)
+        return self._known[key]
+
+    def _compute(self, action: Action) -> float:
         stage, forward = action.stage, action.kind == "forward"
         layers = self.plan.layers[stage]
         seconds = layers * self._pass_s("layer", forward)
@@ -85,7 +104,7 @@ class StepCosts:
             seconds += self._pass_s("head", forward)
         return seconds
 
-    def message(self, action: Action) -> float:
+    def _message(self, action: Action) -> float:
         bytes_ = self.boundary_bytes / self.plan.tp
         table = self._table("message")
         if table is not None:
@@ -95,7 +114,7 @@ class StepCosts:
         source, other = (self.device(self.order.rank_of(stage)) for stage in (action.stage, target))
         return self._seconds(Transfer(source=source, target=other, bytes=bytes_)) if source != other else 0.0
 
-    def held(self, action: Action) -> float:
+    def _held(self, action: Action) -> float:
         from stretto.train.memory import held_bytes
 
         return held_bytes(self.job, self.plan, self.spec, action.stage)
@@ -161,7 +180,7 @@ class StepCosts:
         table = self._table(f"{piece}-{'forward' if forward else 'backward'}")
         if table is not None:
             return table.at(self.plan.micro_batch).value
-        return self._modelled_s(piece) * (1.0 if forward else 2.0)
+        return self._modelled_s(piece) * (1.0 if forward else _BACKWARD if self.job.adapters is None else 1.0)
 
     def _modelled_s(self, piece: str) -> float:
         """A forward pass of a piece by the model's operations and the collectives inside it."""

@@ -69,7 +69,7 @@ class Samples:
         starts = np.asarray(numbers, np.int64)[:, None] * self.length
         index = starts + np.arange(self.length + 1)
         found = self.tokens[index].astype(np.int64)
-        return found[:, :-1], found[:, 1:]
+        return found[:, :-1].copy(), found[:, 1:].copy()  # they share nothing: a target may be crossed out
 
     def batch(self, step: int, size: int) -> list[int]:
         """The sequences of a step, from 0, of `size` sequences a step; a step may reach into the next epoch."""

@@ -44,6 +44,10 @@ class PassBytes:
     forward: float
     backward: float
 
+    def times(self, width: float) -> PassBytes:
+        """All of it so many times."""
+        return PassBytes(kept=self.kept * width, forward=self.forward * width, backward=self.backward * width)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
@@ -80,7 +84,11 @@ class _Cut:
 
 def pass_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> dict[str, PassBytes]:
     """Of each of `PIECES`, on the first (the fullest) rank of its axes."""
-    return _passes(_cut(job, plan, spec))
+    cut = _cut(job, plan, spec)
+    # The ends of a stage know nothing of what happens inside a layer: fewer traces.
+    ends = replace(cut, ep=1, attention="blockwise", recompute=False, spec=replace(cut.spec, experts=0, top_k=0))
+    width = 2.0 if job.dtype == "fp64" else 1.0  # traced in fp32
+    return {piece: _pass_bytes(cut if piece == "layer" else ends, piece).times(width) for piece in PIECES}
 
 
 def parameters(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> dict[str, tuple[Parameter, ...]]:
@@ -114,8 +122,7 @@ def _stage(cut: _Cut, *, first: bool = True) -> CausalStage:
         layout=cut.layout,  # type: ignore[arg-type]
     )
     compute = torch.bfloat16 if cut.dtype == "bf16" else None
-    dtype = torch.float64 if cut.dtype == "fp64" else torch.float32
-    return CausalStage(cut.spec, split=split, lora=cut.lora, compute=compute, dtype=dtype, first=first)
+    return CausalStage(cut.spec, split=split, lora=cut.lora, compute=compute, first=first)
 
 
 @lru_cache(maxsize=512)
@@ -135,36 +142,44 @@ def _parameters(cut: _Cut) -> dict[str, tuple[Parameter, ...]]:
     return {piece: tuple(each) for piece, each in found.items()}
 
 
-@lru_cache(maxsize=512)
-def _passes(cut: _Cut) -> dict[str, PassBytes]:
+@lru_cache(maxsize=2048)
+def _pass_bytes(cut: _Cut, piece: str) -> PassBytes:
     with FakeTensorMode(allow_non_fake_inputs=True):  # orders of tokens are made from numbers
         stage = _stage(cut)
         for parameter in stage.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        table, layer, norm = stage.model.embed_tokens, stage.model.layers["0"], stage.model.norm
+        shape = (cut.micro_batch, cut.sequence // cut.cp)
+        call = getattr(_Calls(cut, stage, torch.zeros(shape, dtype=torch.int64)), piece)
+        with torch.autocast("cpu", stage.compute, enabled=stage.compute is not None):
+            return _bytes_of(call, torch.zeros(*shape, cut.spec.hidden, dtype=stage.dtype))
+
+
+class _Calls:
+    """The pieces of a stage as functions of the rows that come in."""
+
+    def __init__(self, cut: _Cut, stage: CausalStage, tokens: torch.Tensor):
+        self.cut, self.stage, self.tokens = cut, stage, tokens
+        self.turns = stage._turn(cut.sequence)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        table = self.stage.model.embed_tokens
         assert table is not None
-        assert norm is not None
-        if cut.spec.experts:
+        return table.embed(self.tokens)
+
+    def layer(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.stage.model.layers["0"]
+        if self.cut.spec.experts:
             moe: Any = layer.mlp.moe  # type: ignore[union-attr]
             moe.count = partial(_routed, moe)
-        shape = (cut.micro_batch, cut.sequence // cut.cp)
-        tokens = torch.zeros(shape, dtype=torch.int64)
-        turns = stage._turn(cut.sequence)
+        if self.cut.recompute:
+            return checkpoint(layer, x, self.turns, use_reentrant=False)  # type: ignore[no-any-return]
+        return layer(x, self.turns)  # type: ignore[no-any-return]
 
-        def through(x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = checkpoint(layer, x, turns, use_reentrant=False) if cut.recompute else layer(x, turns)
-            return y
-
-        def head(x: torch.Tensor) -> torch.Tensor:
-            return stage.head.losses(norm(x).flatten(0, 1), tokens.flatten()).sum()
-
-        calls = {"embed": lambda x: table.embed(tokens), "layer": through, "head": head}
-        with torch.autocast("cpu", stage.compute, enabled=stage.compute is not None):
-            return {
-                name: _bytes_of(call, torch.zeros(*shape, cut.spec.hidden, dtype=stage.dtype))
-                for name, call in calls.items()
-            }
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.stage.model.norm is not None
+        rows = self.stage.model.norm(x).flatten(0, 1)
+        return self.stage.head.losses(rows, self.tokens.flatten()).sum()
 
 
 def _bytes_of(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> PassBytes:

@@ -200,17 +200,15 @@ class Trainer:
         return report
 
     def evaluate(self) -> float:
-        """Mean loss over the held-out sequences; whole batches of them, as many as there are, or one cut short."""
+        """Mean loss over the held-out sequences, in batches of which the last is filled up with some that count not."""
         count = len(self.held_out)
         share = self.plan.data_ranks * self.plan.micro_batch * self.order.micro_batches
-        usable = max(count // share * share, min(count, share))
-        total, tokens = 0.0, usable * self.job.sequence
-        for first in range(0, usable, share):
+        total = 0.0
+        for first in range(0, count, share):
             numbers = [number % count for number in range(first, first + share)]
-            counted = min(share, usable - first)
-            passage = self._passage(self.held_out, numbers, 1.0, counted=counted)
+            passage = self._passage(self.held_out, numbers, 1.0, counted=min(share, count - first))
             total += self._everywhere(self.pipeline.evaluate(passage))
-        return total / tokens
+        return total / (count * self.job.sequence)
 
     def _clip(self) -> float:
         norm = self.trained.norm()
