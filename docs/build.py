@@ -22,9 +22,10 @@ from types import ModuleType
 from typing import Any
 
 import stretto
-from stretto import serve
+from stretto import serve, train
 from stretto.claims.registry import Claim, claims
 from stretto.claims.systems import System, state, systems
+from stretto.core.orders import ORDERS
 from stretto.core.plan import Domain
 from stretto.serve.joining import JOININGS
 
@@ -40,17 +41,17 @@ class Capability:
     Attributes:
         name: the page's name.
         package: the room, of which it shows the plan and the published systems.
-        policies: for a field of the plan, the classes that its values name.
-        techniques: the two fields of the plan whose values are laid against each other.
+        policies: for a field of the plan, the classes or functions that its values name.
+        techniques: two fields of the plan whose values are laid against each other.
         job, cluster: files of the job and the machines for which the domain is asked whether a pair can run.
     """
 
     name: str
     package: ModuleType
-    policies: Mapping[str, Mapping[str, type]]
-    techniques: tuple[str, str]
-    job: str
-    cluster: str
+    policies: Mapping[str, Mapping[str, Any]]
+    techniques: tuple[str, str] | None = None
+    job: str = ""
+    cluster: str = ""
 
     @property
     def domain(self) -> Domain:
@@ -74,6 +75,7 @@ CAPABILITIES = (
         job="jobs/quickstart.yaml",
         cluster="clusters/8xa100.yaml",
     ),
+    Capability(name="training", package=train, policies={"schedule": ORDERS}),
 )
 
 
@@ -146,14 +148,22 @@ def _choices(capability: Capability) -> Iterable[tuple[str, str, str]]:
         yield _code(field.name), values + default, meanings[field.name]
 
 
-_TYPES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_TYPES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    int | None: "a whole number",
+    tuple[str, ...]: "texts",
+    tuple[int, ...]: "whole numbers",
+}
 
 
 def _attributes(kind: type) -> dict[str, str]:
     """The lines of the section "Attributes" of a docstring, by name."""
     section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    entries = re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 
 def _policies(capability: Capability) -> Iterable[str]:
@@ -168,6 +178,8 @@ def _policies(capability: Capability) -> Iterable[str]:
 
 def _matrix(capability: Capability) -> Iterable[str]:
     """Whether each two values of the techniques run together, asked of the domain itself; nothing without both."""
+    if capability.techniques is None:
+        return
     down, across = capability.techniques
     heads = capability.values(across)
     if not (capability.values(down) and heads):

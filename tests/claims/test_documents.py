@@ -84,7 +84,7 @@ def test_a_page_shows_choices_policies_pairs_and_claims_as_declared(build: Modul
 def test_a_pair_that_the_domain_refuses_is_shown_with_the_reason(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (serving,) = build.CAPABILITIES
+    serving, *_ = build.CAPABILITIES
     real = type(serving.domain).check
 
     def check(self: Any, job: Any, plan: Any, cluster: Any) -> Refusal | None:
