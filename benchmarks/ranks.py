@@ -16,10 +16,14 @@ from stretto.comm.grid import RankGrid
 from stretto.comm.transport import Transport
 
 _TIMEOUT_S = 120.0
+_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""As training's own ranks have it, for all ways and peers alike."""
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 1200.0) -> list[Any]:
     """The results of `function(rank, transport, *arguments)` by rank; the transport's one axis is named "rank"."""
+    for name, value in _ALLOCATOR.items():
+        os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world, mp_context=get_context("spawn")) as pool:
         store = Path(folder) / "store"
         futures = [pool.submit(_rank, function, rank, world, store, arguments) for rank in range(world)]

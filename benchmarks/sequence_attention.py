@@ -88,12 +88,15 @@ def measure_rank(rank: int, transport: Transport, seed: int, rounds: int) -> dic
         "contiguous": _through(split(axis, "blockwise", causal=True), part),
         "zigzag": _through(split(axis, "blockwise", causal=True, layout="zigzag"), part),
     }
-    seconds = {name: _timed(call, axis, rounds) for name, call in calls.items()}
+    seconds = _timed(calls, axis, rounds)
     slow = replace(transport._line, disturbance=Disturbance(delay_s=DELAY_S))  # type: ignore[type-var]
     beside, waiting = Axis("slow", axis.ranks, rank, slow), _Waiting("waiting", axis.ranks, rank, slow)
-    for name, line in (("overlapped", beside), ("waited for", waiting)):
-        short = _heads(SHORT // axis.size, seed)
-        seconds[name] = _timed(_forward(split(line, "blockwise"), short), axis, 3 * rounds)
+    short = _heads(SHORT // axis.size, seed)
+    links = {
+        name: _forward(split(line, "blockwise"), short)
+        for name, line in (("overlapped", beside), ("waited for", waiting))
+    }
+    seconds |= _timed(links, axis, 3 * rounds)
     return {"seconds": seconds, "bytes": _bytes(axis, seed)}
 
 
@@ -101,15 +104,17 @@ def _nothing() -> None:
     """The other rank's part of what one rank does."""
 
 
-def _timed(call: Call, axis: Axis, rounds: int) -> list[float]:
-    found = []
+def _timed(calls: dict[str, Call], axis: Axis, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turn, round by round; both ranks begin and end together."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
-        axis.barrier()
-        begun = time.perf_counter()
-        call()
-        axis.barrier()
-        if turn:
-            found.append(time.perf_counter() - begun)
+        for name, call in calls.items():
+            axis.barrier()
+            begun = time.perf_counter()
+            call()
+            axis.barrier()
+            if turn:
+                found[name].append(time.perf_counter() - begun)
     return found
 
 

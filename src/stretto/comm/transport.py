@@ -244,15 +244,16 @@ class Axis:
         if self.size == 1:
             return tensor
         outgoing = list(tensor.contiguous().split(list(send)))
-        incoming = [tensor.new_empty(n, *tensor.shape[1:]) for n in receive]
+        whole = tensor.new_empty(sum(receive), *tensor.shape[1:])
+        incoming = whole.split(list(receive))
         require(len(outgoing[self.rank]) == receive[self.rank], "receive", receive, f"as {send} for place {self.rank}")
-        incoming[self.rank] = outgoing[self.rank]
+        incoming[self.rank].copy_(outgoing[self.rank])
         self._post(
             "all_to_all",
             [(part, to) for to, part in enumerate(outgoing) if to != self.rank],
             [(part, source) for source, part in enumerate(incoming) if source != self.rank],
         )()
-        return torch.cat(incoming)
+        return whole
 
     def broadcast_(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
         """Replace `tensor` by that of place `root`; returns it."""

@@ -112,14 +112,19 @@ class MoE(nn.Module):
         send, receive = route.send.sum(0).tolist(), route.arrive.sum(1).tolist()
 
         loans = _Loans(plan.loans, self.axis.rank, self.experts // self.axis.size)
-        outgoing = rows[order.div(self.top_k, rounding_mode="floor")]
-        came, *borrowed = _Dispatch.apply(  # type: ignore[no-untyped-call]
-            outgoing, self.gate, self.up, self.down, self.axis, self.aside, send, receive, loans
+        came = list(
+            _Dispatch.apply(  # type: ignore[no-untyped-call]
+                rows[order.div(self.top_k, rounding_mode="floor")],
+                *(self.gate, self.up, self.down, self.axis, self.aside, send, receive, loans),
+            )
         )
-        results = self._compute(came, borrowed, route.arrive, loans)
-        back: torch.Tensor = _Exchange.apply(results, self.axis, receive, send)  # type: ignore[no-untyped-call]
-        unsorted = torch.empty_like(back).index_copy(0, order, back)
-        return (unsorted.view(-1, self.top_k, rows.shape[1]) * gates[..., None].to(back.dtype)).sum(1)
+        unsorted: torch.Tensor = _Permuted.apply(  # type: ignore[no-untyped-call]
+            _Exchange.apply(  # type: ignore[no-untyped-call]
+                self._compute(came, route.arrive, loans), self.axis, receive, send
+            ),
+            _inverse(order),
+        )
+        return (unsorted.view(-1, self.top_k, rows.shape[1]) * gates[..., None].to(unsorted.dtype)).sum(1)
 
     def count(self, copies: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
         """[places, experts]: how many copies of its tokens each place has for each expert."""
@@ -152,15 +157,19 @@ class MoE(nn.Module):
 
     def _compute(
         self,
-        came: torch.Tensor,
-        borrowed: Sequence[torch.Tensor],
+        came: list[torch.Tensor],
         arrive: np.ndarray[Any, np.dtype[np.int64]],
         loans: _Loans,
     ) -> torch.Tensor:
-        """Each expert's rows, from all ranks in turn, through its MLP; back in the order in which they came."""
+        """Each expert's rows, from all ranks in turn, through its MLP; back in the order in which they came.
+
+        Args:
+            came: the rows, which are taken from the list so that they can be forgotten, and borrowed weights.
+        """
         by_rank = torch.from_numpy(np.tile(np.arange(self.experts), self.axis.size).repeat(arrive.flatten()))
         together = by_rank.argsort(stable=True)
-        parts = came[together].split(arrive.sum(0).tolist())
+        rows = came.pop(0)
+        parts = _Permuted.apply(rows, together).split(arrive.sum(0).tolist())  # type: ignore[no-untyped-call]
         gates, ups, downs = self.gate.unbind(), self.up.unbind(), self.down.unbind()
         results = []
         for expert, part in enumerate(parts):
@@ -170,12 +179,15 @@ class MoE(nn.Module):
                     local = expert - self.axis.rank * len(self.gate)
                     gate, up, down = gates[local], ups[local], downs[local]
                 else:
-                    gate, up, down = borrowed[3 * at : 3 * at + 3]
+                    gate, up, down = came[3 * at : 3 * at + 3]
                 results.append(linear(silu(linear(part, gate)) * linear(part, up), down))
         if not results:
-            return came
+            return rows
+        del rows
         joined = torch.cat(results)
-        return torch.empty_like(joined).index_copy(0, together, joined)
+        results.clear()
+        out: torch.Tensor = _Permuted.apply(joined, _inverse(together))  # type: ignore[no-untyped-call]
+        return out
 
 
 class _Loans:
@@ -244,6 +256,25 @@ class _Dispatch(torch.autograd.Function):
         for pending in sending:
             pending.wait()
         return rows, *found, None, None, None, None, None
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order, in which each is once: backward need not add, as that of an index would."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return torch.empty_like(gradient).index_copy_(0, order, gradient), None
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """The order that brings back what `order` moved."""
+    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
 
 
 class _Exchange(torch.autograd.Function):

@@ -1,0 +1,110 @@
+"""The planner's pick for the finetune job against what every plan for two processes really takes.
+
+Each plan that can run is trained for some steps, and its median step, after the first, and the most bytes of its
+tensors (counted on the fullest rank of each stage) are laid beside what was predicted before anything ran. Goals: the
+pick is within 5 % of the fastest plan; a step is within 15 % of its prediction; bytes are within 5 % of the counted,
+and never more than 2 % below. The null model of a step is the mean of all plans.
+
+Usage: python benchmarks/train_planner.py [--json] [--quick] [--job FILE]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from argparse import ArgumentParser
+from dataclasses import dataclass, replace
+
+import harness
+import stretto
+from stretto.core.plan import Context, Plan
+from stretto.train.domain import spec_of
+from stretto.train.job import TrainJob
+from stretto.train.memory import peak_bytes
+from stretto.train.plan import TrainPlan
+from stretto.train.predict import predict
+from stretto.train.run import run
+
+STEPS = 4
+GOAL_PICK, GOAL_STEP, GOAL_BYTES, GOAL_BELOW = 1.05, 0.15, 0.05, 0.02
+
+
+@dataclass(frozen=True)
+class Seen:
+    plan: TrainPlan
+    predicted_s: float
+    measured_s: float
+    bytes_error: tuple[float, float]
+
+    @property
+    def error(self) -> float:
+        return self.predicted_s / self.measured_s - 1
+
+
+def measure(quick: bool) -> list[harness.Row]:
+    job = replace(
+        stretto.load(harness.options.job), steps=STEPS, held_out=0.0, evaluate_every=None, checkpoint=None, processes=2
+    )
+    ranking = stretto.plan(job, on=stretto.probe())
+    cluster = ranking.best.cluster
+    weighed = [each.plan.choices for each in ranking.weighed]
+    if quick:
+        weighed = weighed[:: max(1, len(weighed) // 6)]
+    seen = [_trained(job, plan, ranking.best) for plan in weighed]
+    return _rows(seen, cluster.name)
+
+
+def _trained(job: TrainJob, plan: TrainPlan, best: Plan[TrainJob, TrainPlan]) -> Seen:
+    spec = spec_of(job)
+    forecast = predict(job, plan, spec, best.cluster)
+    bytes_predicted = peak_bytes(job, plan, spec)
+    result = run(replace(best, job=job, choices=plan), spec, forecast, Context())
+    seconds = [row["seconds"] for row in result.outputs][1:]
+    counted = {int(rank): peak for rank, peak in result.measured.attributes["peak_bytes"].items()}
+    errors = []
+    for stage, predicted in enumerate(bytes_predicted):
+        most = max(peak for rank, peak in counted.items() if plan.grid.coordinate(rank, "pp") == stage)
+        errors.append(predicted / most - 1)
+    found = Seen(plan, forecast.metrics["step"].value.value, statistics.median(seconds), (min(errors), max(errors)))
+    sys.stderr.write(
+        f"{plan}: {found.measured_s:.2f} s, predicted {found.error:+.1%}, bytes {min(errors):+.1%} {max(errors):+.1%}\n"
+    )
+    return found
+
+
+def _rows(seen: list[Seen], machine: str) -> list[harness.Row]:
+    fastest = min(each.measured_s for each in seen)
+    pick = min(seen, key=lambda each: each.predicted_s)
+    worst = max(seen, key=lambda each: abs(each.error))
+    errors = [abs(each.error) for each in seen]
+    mean = statistics.fmean(each.measured_s for each in seen)
+    null = statistics.fmean(abs(mean / each.measured_s - 1) for each in seen)
+    low, high = min(each.bytes_error[0] for each in seen), max(each.bytes_error[1] for each in seen)
+    return [
+        harness.Row(
+            name=f"the pick over the fastest of {len(seen)} plans",
+            ours=pick.measured_s / fastest,
+            unit="x",
+            goal=GOAL_PICK,
+            at_most=True,
+            note=f"{pick.plan}: {pick.measured_s:.2f} s; slowest plan {max(e.measured_s for e in seen):.2f} s",
+        ),
+        harness.Row(
+            name="a step's worst error",
+            ours=abs(worst.error),
+            unit="of the measured",
+            goal=GOAL_STEP,
+            at_most=True,
+            note=f"{worst.plan}; mean {statistics.fmean(errors):.1%}; null model (the plans' mean) {null:.1%}",
+        ),
+        harness.Row(name="bytes above the counted", ours=high, unit="x", goal=GOAL_BYTES, at_most=True),
+        harness.Row(name="bytes below the counted", ours=max(0.0, -low), unit="x", goal=GOAL_BELOW, at_most=True),
+    ]
+
+
+def _options(parser: ArgumentParser) -> None:
+    parser.add_argument("--job", default="jobs/finetune.yaml", help="the job file")
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(measure, __doc__, add=_options))
