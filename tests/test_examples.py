@@ -145,6 +145,16 @@ def test_jobs_plan_on_a_node_of_eight(file: Path) -> None:
     assert trace.overlaps() == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [file for file in JOBS if "kind: train" in file.read_text()], ids=name)
+def test_training_jobs_run_and_learn(file: Path, tmp_path: Path) -> None:
+    """As a user runs them: planned for this machine, trained to the end, with a report."""
+    result = stretto.run(stretto.plan(stretto.load(file)).best, ctx=stretto.Context(output=tmp_path))
+    assert not result.interrupted
+    assert result.outputs[-1]["loss"] < result.outputs[0]["loss"]
+    assert {"html", "curves"} <= set(result.files)
+
+
 def test_a_name_that_does_not_exist_is_not_found() -> None:
     assert not hasattr(stretto, "conduct")
     with pytest.raises(UserError, match="no such file"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic
 from typing import Any
+
+if "MUTANT" in os.environ:  # ranks import what is mutated, too
+    import tests.mutants.plugin  # noqa: F401
 
 from stretto.comm.grid import RankGrid
 from stretto.comm.transport import Disturbance, Transport

@@ -1,0 +1,355 @@
+"""Mutants of training, all killed: orders, splits, rings, lent experts, and what goes wrong where parallelisms combine.
+
+The last list holds faults of the kind of those numbered in the public thread NVIDIA/Megatron-LM issue 7452: gradients
+that are silently wrong when two ways to split a model meet.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.mutants.test_mutants import Mutant, run
+
+pytestmark = pytest.mark.slow
+
+_EQUAL = ["tests/train/test_equivalence.py"]
+TESTS = {
+    "pipelines": ["tests/core/test_orders.py", "tests/core/test_partition.py", *_EQUAL],
+    "tensors": ["tests/models/parallel/test_tensor.py", "tests/models/test_causal.py", *_EQUAL],
+    "sequences": ["tests/models/parallel/test_sequence.py", *_EQUAL],
+    "experts": ["tests/models/parallel/test_experts.py", *_EQUAL],
+    "combined": _EQUAL,
+}
+MUTANTS = {
+    "pipelines": [
+        Mutant("a rank warms up once less", "core/orders.py", ", ranks - rank - 1\n", ", max(0, ranks - rank - 2)\n"),
+        Mutant(
+            "chunks come in the wrong turn",
+            "core/orders.py",
+            "for chunk in range(chunks)\n",
+            "for chunk in range(chunks - 1, -1, -1)\n",
+        ),
+        Mutant(
+            "interleaved warms up as plain does",
+            "core/orders.py",
+            "2 * (ranks - rank - 1) + (chunks - 1) * ranks",
+            "ranks - rank - 1",
+        ),
+        Mutant(
+            "a backward needs no gradient",
+            "core/orders.py",
+            "(own,) if stage == self.stages - 1 else",
+            "(own,) if True else",
+        ),
+        Mutant("a full link takes one more", "core/orders.py", ">= self.slots and", "> self.slots and"),
+        Mutant(
+            "one cut is a layer late",
+            "core/partition.py",
+            "for start in range(end - 1, part - 2, -1):",
+            "for start in range(end - 1, part - 1, -1):",
+        ),
+        Mutant("losses are not scaled", "train/pipeline.py", "y = y * self.passage.scale", "y = y * 1.0"),
+        Mutant(
+            "a result goes to the stage after the next message's",
+            "train/pipeline.py",
+            "(micro_batch * self.order.stages + stage) * 2 + KINDS.index(kind)",
+            "stage * 2 + KINDS.index(kind)",
+        ),
+        Mutant(
+            "what came in gets no gradient",
+            "train/pipeline.py",
+            "came.requires_grad_()",
+            "came.clone().requires_grad_().detach().requires_grad_(False)",
+        ),
+        Mutant(
+            "the loss is of the last micro-batch",
+            "train/pipeline.py",
+            "self.total += y.detach().double()",
+            "self.total = y.detach().double()",
+        ),
+    ],
+    "tensors": [
+        Mutant(
+            "the first place does not get more",
+            "parallel/tensor.py",
+            "start = rank * each + min(rank, over)",
+            "start = rank * each",
+        ),
+        Mutant(
+            "inputs' gradients are not summed",
+            "parallel/tensor.py",
+            "return ctx.axis.all_reduce_(gradient.clone(memory_format=torch.contiguous_format)), None",
+            "return gradient, None",
+        ),
+        Mutant(
+            "outputs are not summed",
+            "parallel/tensor.py",
+            "return axis.all_reduce_(x.clone(memory_format=torch.contiguous_format))",
+            "return x.clone()",
+        ),
+        Mutant(
+            "outputs' gradients are summed again",
+            "parallel/tensor.py",
+            "-> tuple[torch.Tensor, None]:\n        return gradient, None",
+            "-> tuple[torch.Tensor, None]:\n        return gradient * 2, None",
+        ),
+        Mutant("absent tokens take row 0", "parallel/tensor.py", "rows.masked_fill(absent[..., None], 0.0)", "rows"),
+        Mutant(
+            "the largest logit is the rank's own",
+            "parallel/tensor.py",
+            "axis.maximum_(logits.amax(1))",
+            "logits.amax(1)",
+        ),
+        Mutant(
+            "targets of other ranks count here",
+            "parallel/tensor.py",
+            "-scale.masked_fill(~here[:, None], 0.0)",
+            "-scale",
+        ),
+        Mutant(
+            "ignored targets count",
+            "parallel/tensor.py",
+            "(total.log() + largest - chosen).masked_fill(~counted, 0.0)",
+            "total.log() + largest - chosen",
+        ),
+        Mutant(
+            "a stretch of a boundary is another rank's",
+            "parallel/tensor.py",
+            "flat.split(_sizes(flat.numel(), axis))[axis.rank]",
+            "flat.split(_sizes(flat.numel(), axis))[0]",
+        ),
+        Mutant(
+            "the router's gradient is a part of a sum and not summed",
+            "models/causal.py",
+            "start=(0, 0), partial=tp)",
+            "start=(0, 0))",
+        ),
+    ],
+    "sequences": [
+        Mutant(
+            "RSA does not scale its scores",
+            "parallel/rsa.py",
+            "weights = _normed(scores.mul_(1 / math.sqrt(q.shape[-1]))",
+            "weights = _normed(scores.mul_(1.0)",
+        ),
+        Mutant(
+            "RSA's values lie a block off",
+            "parallel/rsa.py",
+            "out += weights[..., source * local : (source + 1) * local]",
+            "out += weights[..., axis.rank * local : (axis.rank + 1) * local]",
+        ),
+        Mutant(
+            "RSA's softmax forgets its rows' sums",
+            "parallel/rsa.py",
+            "back.sub_((back * weights).sum(-1, keepdim=True))",
+            "back.sub_(0.0)",
+        ),
+        Mutant(
+            "a ring stops a place early",
+            "parallel/ring.py",
+            "for step in range(axis.size):",
+            "for step in range(axis.size - (axis.size > 2)):",
+        ),
+        Mutant(
+            "visitors come from the other side",
+            "parallel/ring.py",
+            "yield (axis.rank - step) % axis.size, current",
+            "yield (axis.rank + step) % axis.size, current",
+        ),
+        Mutant(
+            "gradients on their way are dropped",
+            "parallel/ring.py",
+            "return self._own if self._pending is None else self._joined(self._own, self._pending.wait())",
+            "return self._own if self._pending is None else (self._pending.wait(), self._own)[1]",
+        ),
+        Mutant(
+            "the mask is that of contiguous places",
+            "parallel/rsa.py",
+            "keys = order(length, axis.size, layout)",
+            'keys = order(length, axis.size, "contiguous")',
+        ),
+        Mutant(
+            "a block's rows are not weighed",
+            "parallel/blockwise.py",
+            ".add_(part * (log - finite).exp_()[..., None])",
+            ".add_(part)",
+        ),
+        Mutant(
+            "the visiting block is a triangle too",
+            "parallel/blockwise.py",
+            "causal and other.start == at.start, columns",
+            "causal, columns",
+        ),
+        Mutant(
+            "positions are local",
+            "parallel/layout.py",
+            "return torch.cat([_range(piece) for piece in pieces(length, axis.rank, axis.size, layout)])",
+            "return torch.cat([_range(piece) for piece in pieces(length, 0, axis.size, layout)])",
+        ),
+        Mutant(
+            "zigzag's second stretch is the first's neighbour",
+            "parallel/layout.py",
+            "[place, count - 1 - place]",
+            "[2 * place, 2 * place + 1]",
+        ),
+    ],
+    "experts": [
+        Mutant(
+            "helpers' own tokens to come are forgotten",
+            "parallel/expert_plan.py",
+            "self.assigned[place] + self.pending[place], place",
+            "self.assigned[place], place",
+        ),
+        Mutant(
+            "experts are placed by number",
+            "parallel/expert_plan.py",
+            "key=lambda e: (-self.counts[e], e)",
+            "key=lambda e: e",
+        ),
+        Mutant(
+            "an owner's own load stays pending",
+            "parallel/expert_plan.py",
+            "self.pending[owner] -= count",
+            "self.pending[owner] -= 0",
+        ),
+        Mutant(
+            "least parts are not kept to",
+            "parallel/expert_plan.py",
+            "(part >= self.min_tokens or part == left)",
+            "True",
+        ),
+        Mutant(
+            "capacity knows no factor",
+            "parallel/expert_plan.py",
+            "int(alpha * (sum(counts) // world))",
+            "int(sum(counts) // world)",
+        ),
+        Mutant(
+            "a copy's number is of its own rank",
+            "parallel/expert_plan.py",
+            "begins = ends - counts",
+            "begins = 0 * counts",
+        ),
+        Mutant(
+            "lent weights get no gradient home",
+            "parallel/experts.py",
+            "found[at][row] += pending.wait()",
+            "pending.wait()",
+        ),
+        Mutant(
+            "rows come back in the order of the places",
+            "parallel/experts.py",
+            "torch.empty_like(gradient).index_copy_(0, order, gradient), None",
+            "gradient.index_select(0, order), None",
+        ),
+        Mutant(
+            "gates are not normed over the chosen",
+            "parallel/experts.py",
+            "gates = best.softmax(-1)\n        return self.dispatch",
+            "gates = best.sigmoid()\n        return self.dispatch",
+        ),
+        Mutant(
+            "the helper uses its own expert's weights",
+            "parallel/experts.py",
+            "gate, up, down = came[3 * at : 3 * at + 3]",
+            "gate, up, down = gates[0], ups[0], downs[0]",
+        ),
+        Mutant(
+            "imbalance is by expert",
+            "parallel/expert_plan.py",
+            "return float(loads.max() * world / total) if total else 1.0",
+            "return float(np.max(counts) * len(counts) / total) if total else 1.0",
+        ),
+    ],
+    "combined": [
+        Mutant(
+            "gradients are not summed over sequence ranks",
+            "train/optimize.py",
+            'DATA_AXES = ("dp", "ep", "cp")',
+            'DATA_AXES = ("dp", "ep")',
+        ),
+        Mutant(
+            "gradients of whole weights are not summed over expert ranks",
+            "train/optimize.py",
+            'DATA_AXES = ("dp", "ep", "cp")',
+            'DATA_AXES = ("dp", "cp")',
+        ),
+        Mutant(
+            "experts' gradients are summed over the ranks that share them out",
+            "train/optimize.py",
+            "axes = (*(axis for axis in DATA_AXES if axis not in place.split), *place.partial)",
+            "axes = (*DATA_AXES, *place.partial)",
+        ),
+        Mutant(
+            "partial gradients on tensor ranks are not summed",
+            "train/optimize.py",
+            "if axis not in place.split), *place.partial)",
+            "if axis not in place.split),)",
+        ),
+        Mutant("tied copies go their own ways", "train/optimize.py", "table.grad += theirs", "theirs += 0"),
+        Mutant(
+            "a tied copy counts twice in the norm",
+            "train/optimize.py",
+            'return name != "lm_head.weight" or',
+            "return True or",
+        ),
+        Mutant(
+            "tensor ranks count whole weights each",
+            "train/optimize.py",
+            'self._counts(name, parameter, place, ("tp", "ep"))',
+            'self._counts(name, parameter, place, ("ep",))',
+        ),
+        Mutant(
+            "the norm leaves out other tensor ranks",
+            "train/optimize.py",
+            'self.transport.axis("pp", "ep", "tp")',
+            'self.transport.axis("pp", "ep")',
+        ),
+        Mutant(
+            "the norm leaves out other stages",
+            "train/optimize.py",
+            'self.transport.axis("pp", "ep", "tp")',
+            'self.transport.axis("ep", "tp")',
+        ),
+        Mutant(
+            "losses are a mean over this rank's tokens",
+            "train/trainer.py",
+            "tokens = len(numbers) * self.job.sequence\n        loss",
+            "tokens = len(numbers) * self.job.sequence // self.plan.data_ranks\n        loss",
+        ),
+        Mutant(
+            "data ranks read the same sequences",
+            "train/trainer.py",
+            "mine = numbers[place * each : (place + 1) * each]",
+            "mine = numbers[:each]",
+        ),
+        Mutant(
+            "targets are those of another layout",
+            "train/trainer.py",
+            "split_sequence(part, self._cp, 1, layout) for part",
+            'split_sequence(part, self._cp, 1, "contiguous") for part',
+        ),
+        Mutant(
+            "the loss leaves out other sequence ranks",
+            "train/trainer.py",
+            '"pp", "dp", "ep", "cp").all_reduce_',
+            '"pp", "dp", "ep").all_reduce_',
+        ),
+    ],
+}
+ALL = [
+    pytest.param(area, mutant, id=mutant.wrong.replace(" ", "-")) for area, each in MUTANTS.items() for mutant in each
+]
+
+
+@pytest.mark.parametrize(("area", "mutant"), ALL)
+def test_a_mutant_is_killed(area: str, mutant: Mutant) -> None:
+    done = run(TESTS[area], mutant)
+    assert done.returncode == 1, f"{mutant.wrong}: not noticed\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert "mutant's text" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("area", TESTS)
+def test_the_tests_pass_without_a_mutant(area: str) -> None:
+    done = run(TESTS[area], None)
+    assert done.returncode == 0, done.stdout[-2000:]
