@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from stretto.core.errors import FieldError
-from stretto.core.orders import KINDS, ORDERS, Action, Order, lay_out, order_of
+from stretto.core.order_schedule import lay_out
+from stretto.core.orders import KINDS, ORDERS, Action, Order, order_of
 from stretto.core.schedule import Schedule
 from stretto.core.simulate import simulate
 from stretto.core.trace import Trace

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stretto.train.plan import AXES, _check_batch, _check_cuts, _check_order
+from stretto.train.check import check_layout
+from stretto.train.plan import AXES
 from tests.train import kit
 from tests.train.test_equivalence import SHAPES, expected
 
@@ -28,7 +29,6 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "cp_layout": ("contiguous", "zigzag"),
     "experts": ("llep", "ep"),
 }
-LOOKS = (_check_batch, _check_cuts, _check_order)  # memory is no matter here
 
 Case = tuple[tuple[str, Any], ...]
 
@@ -47,7 +47,7 @@ def legal() -> Iterator[dict[str, Any]]:
         if case["pp"] * chunks > spec.layers:
             continue
         plan = kit.plan_of(job, chunks=chunks, **case)
-        if all(look(job, plan, spec) is None for look in LOOKS):
+        if check_layout(job, plan, spec) is None:
             yield {"shape": name, "chunks": chunks, **case}
 
 

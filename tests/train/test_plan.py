@@ -11,8 +11,9 @@ import pytest
 from stretto.core.errors import FieldError
 from stretto.files import load_cluster
 from stretto.hardware.cluster import Cluster
+from stretto.train.check import check
 from stretto.train.job import Adapters, Layout, Limits, Shape, TrainJob
-from stretto.train.plan import TrainPlan, balanced, candidates, check
+from stretto.train.plan import TrainPlan, balanced, candidates
 from tests.train import kit
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"

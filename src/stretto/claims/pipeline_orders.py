@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from stretto.claims.registry import Figure, claim
-from stretto.core.orders import Action, Order, lay_out, order_of
+from stretto.core.order_schedule import lay_out
+from stretto.core.orders import Action, Order, order_of
 from stretto.core.schedule import Schedule
 from stretto.core.simulate import simulate
 

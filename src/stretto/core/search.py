@@ -15,6 +15,8 @@ from stretto.core.errors import UserError
 from stretto.core.plan import Domain, Metric, Plan, Prediction, Progress, Refusal, domain_of, no_progress
 
 WAVE = 16
+_TOLD_EVERY = 32
+"""Progress is told after so many plans were checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ def search(
     Raises:
         UserError: if nothing can run, with the first reasons and the nearest changes.
     """
-    able, rejected = _sift(domain, job, cluster)
+    able, rejected = _sift(domain, job, cluster, progress)
     if not able:
         reasons = "; ".join(dict.fromkeys(str(r.refusal) for r in rejected[:3])) or "there are no candidates"
         raise UserError(f"no plan can run this job on {cluster.name}: {reasons}")
@@ -145,9 +147,12 @@ def search(
     return Ranking(objective=objective, weighed=tuple(weighed), rejected=tuple(rejected), pruned=tuple(pruned))
 
 
-def _sift(domain: Domain, job: Any, cluster: Any) -> tuple[list[Any], list[Rejected]]:
+def _sift(domain: Domain, job: Any, cluster: Any, progress: Progress) -> tuple[list[Any], list[Rejected]]:
     able, rejected = [], []
-    for choices in domain.candidates(job, cluster):
+    listed = list(domain.candidates(job, cluster))
+    for number, choices in enumerate(listed):
+        if number and number % _TOLD_EVERY == 0:
+            progress("checking plans", number, len(listed))
         refusal = domain.check(job, choices, cluster)
         if refusal is None:
             able.append(choices)

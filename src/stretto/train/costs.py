@@ -17,6 +17,7 @@ from stretto.hardware.lower import Collective, Transfer, Work, of_work
 from stretto.hardware.table import Table
 from stretto.models.passes import PassShape
 from stretto.models.spec import ModelSpec
+from stretto.train import memory
 from stretto.train.job import TrainJob
 from stretto.train.plan import TrainPlan
 
@@ -57,7 +58,7 @@ def tables(
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What `core.orders.lay_out` asks of a plan, in seconds; `rank` is the pipeline rank's first device."""
+    """What `core.order_schedule.lay_out` asks of a plan, in seconds; `rank` is the pipeline rank's first device."""
 
     job: TrainJob
     plan: TrainPlan
@@ -115,9 +116,7 @@ class StepCosts:
         return self._seconds(Transfer(source=source, target=other, bytes=bytes_)) if source != other else 0.0
 
     def _held(self, action: Action) -> float:
-        from stretto.train.memory import held_bytes
-
-        return held_bytes(self.job, self.plan, self.spec, action.stage)
+        return memory.held_bytes(self.job, self.plan, self.spec, action.stage)
 
     @property
     def boundary_bytes(self) -> float:
@@ -158,9 +157,7 @@ class StepCosts:
 
     def trained_numel(self, pipeline_rank: int) -> float:
         """Numbers that a rank trains; of an uneven tensor axis the largest share."""
-        from stretto.train.memory import trained_numel
-
-        return trained_numel(self.job, self.plan, self.spec, pipeline_rank)
+        return memory.trained_numel(self.job, self.plan, self.spec, pipeline_rank)
 
     def rank_at(self, pipeline_rank: int) -> int:
         """The first rank of a pipeline place."""

@@ -35,7 +35,9 @@ class TrainDomain:
         return choices.candidates(job, spec_of(job), cluster)
 
     def check(self, job: TrainJob, plan: TrainPlan, cluster: Cluster) -> Refusal | None:
-        return choices.check(job, plan, spec_of(job), cluster)
+        from stretto.train.check import check  # with torch, which the planner alone does without
+
+        return check(job, plan, spec_of(job), cluster)
 
     def objective(self, job: TrainJob) -> str:
         return "throughput"
@@ -65,7 +67,7 @@ class TrainDomain:
 
         check_sources(job.data)
         spec = spec_of(job)
-        able = [plan for plan in self.candidates(job, cluster) if self.check(job, plan, cluster) is None]
+        able = (plan for plan in self.candidates(job, cluster) if self.check(job, plan, cluster) is None)
         return prepare(job, spec, able, cluster, progress)
 
     def run(self, plan: Plan[TrainJob, TrainPlan], ctx: Context) -> Result:

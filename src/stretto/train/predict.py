@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stretto.core.orders import lay_out
+from stretto.core.order_schedule import lay_out
 from stretto.core.plan import Metric, Prediction
 from stretto.core.schedule import Schedule
 from stretto.core.simulate import simulate
