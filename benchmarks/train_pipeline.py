@@ -35,7 +35,7 @@ from stretto.train.trainer import Trainer
 
 SHAPE = Shape(layers=8, hidden=320, heads=5, kv_heads=5, ffn=960)
 LENGTH, VOCABULARY = 256, 256
-ROUNDS, WARM_UP, SEEDS = 7, 2, (0, 1, 2)
+ROUNDS, WARM_UP, SEEDS = 4, 2, (0, 1, 2)
 GOAL_1F1B, GOAL_FILL_DRAIN, GOAL_PLAIN, GOAL_RECOMPUTE, GOAL_INTERLEAVED = 0.92, 0.87, 1.55, 1.40, 1.12
 VOID = 1.02
 

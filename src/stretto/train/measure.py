@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ from stretto.train.plan import TrainPlan
 from stretto.train.session import model_of
 from stretto.train.trainer import TORCH
 
-ROUNDS = 3
-_SUM_NUMELS = (1_000, 1_000_000)
+ROUNDS = 5
+"""Their mean counts: a step is the sum of many pieces, and the slow ones are part of it."""
+_SUM_NUMELS = (1_000, 8_000_000)
+_LAYERS = 4
+"""So many layers take turns, as a run comes to a layer whose weights are in no cache."""
 
 Points = dict[str, list[tuple[float, float]]]
 """Of each piece, (sequences a pass, bytes or numbers; seconds)."""
@@ -47,7 +51,7 @@ class _Bench:
             layout=plan.cp_layout,
             experts=plan.experts,
         )
-        spec = replace(model_of(job).spec, layers=1)
+        spec = replace(model_of(job).spec, layers=_LAYERS)
         adapters = job.adapters
         self.stage = CausalStage(
             spec,
@@ -73,7 +77,7 @@ class _Bench:
         stage, length = self.stage, self.job.sequence
         shape = (micro_batch, length // self.plan.cp)
         tokens = torch.randint(0, stage.spec.vocab, shape, generator=torch.Generator().manual_seed(0))
-        table, layer, norm = stage.model.embed_tokens, stage.model.layers["0"], stage.model.norm
+        table, layers, norm = stage.model.embed_tokens, cycle(stage.model.layers.values()), stage.model.norm
         assert table is not None
         assert norm is not None
         turns = stage._turn(length)
@@ -83,7 +87,7 @@ class _Bench:
             return table.embed(tokens)
 
         def through() -> torch.Tensor:
-            return layer(inner.detach().requires_grad_(), turns)  # type: ignore[no-any-return]
+            return next(layers)(inner.detach().requires_grad_(), turns)  # type: ignore[no-any-return]
 
         def head() -> torch.Tensor:
             rows = norm(inner.detach().requires_grad_()).flatten(0, 1)
@@ -111,7 +115,7 @@ class _Bench:
             backwards.append(time.perf_counter() - begun)
             del y, gradient  # as in a run, where a pass finds the memory of the one before it
         for way, seconds in (("forward", forwards), ("backward", backwards)):
-            self.found.setdefault(f"{name}-{way}", []).append((micro_batch, statistics.median(seconds[1:])))
+            self.found.setdefault(f"{name}-{way}", []).append((micro_batch, statistics.fmean(seconds[1:])))
 
     def _computed(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.autocast("cpu", self.stage.compute, enabled=self.stage.compute is not None):
@@ -155,11 +159,11 @@ class _Bench:
         self._time("optimizer", float(numel), step)
 
     def _time(self, piece: str, at: float, call: Callable[[], Any]) -> None:
-        """The median of some rounds, all ranks beginning together; the first round warms up."""
+        """The mean of some rounds, all ranks beginning together; the first round warms up."""
         seconds = []
         for _ in range(ROUNDS + 1):
             self.everyone.barrier()
             begun = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - begun)
-        self.found.setdefault(piece, []).append((at, max(1e-9, statistics.median(seconds[1:]))))
+        self.found.setdefault(piece, []).append((at, max(1e-9, statistics.fmean(seconds[1:]))))
