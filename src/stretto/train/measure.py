@@ -24,8 +24,8 @@ from stretto.train.plan import TrainPlan
 from stretto.train.session import model_of
 from stretto.train.trainer import TORCH
 
-ROUNDS = 5
-"""Their mean counts: a step is the sum of many pieces, and the slow ones are part of it."""
+ROUNDS = 7
+"""Their mean counts, without the fastest and the slowest: a step is the sum of many pieces, slow ones among them."""
 _SUM_NUMELS = (1_000, 8_000_000)
 _LAYERS = 4
 """So many layers take turns, as a run comes to a layer whose weights are in no cache."""
@@ -115,7 +115,7 @@ class _Bench:
             backwards.append(time.perf_counter() - begun)
             del y, gradient  # as in a run, where a pass finds the memory of the one before it
         for way, seconds in (("forward", forwards), ("backward", backwards)):
-            self.found.setdefault(f"{name}-{way}", []).append((micro_batch, statistics.fmean(seconds[1:])))
+            self.found.setdefault(f"{name}-{way}", []).append((micro_batch, _typical(seconds[1:])))
 
     def _computed(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.autocast("cpu", self.stage.compute, enabled=self.stage.compute is not None):
@@ -159,11 +159,15 @@ class _Bench:
         self._time("optimizer", float(numel), step)
 
     def _time(self, piece: str, at: float, call: Callable[[], Any]) -> None:
-        """The mean of some rounds, all ranks beginning together; the first round warms up."""
+        """What some rounds take, all ranks beginning together; the first round warms up."""
         seconds = []
         for _ in range(ROUNDS + 1):
             self.everyone.barrier()
             begun = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - begun)
-        self.found.setdefault(piece, []).append((at, max(1e-9, statistics.fmean(seconds[1:]))))
+        self.found.setdefault(piece, []).append((at, max(1e-9, _typical(seconds[1:]))))
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    return statistics.fmean(sorted(seconds)[1:-1])
