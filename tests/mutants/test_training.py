@@ -338,7 +338,9 @@ MUTANTS = {
     ],
 }
 ALL = [
-    pytest.param(area, mutant, id=mutant.wrong.replace(" ", "-")) for area, each in MUTANTS.items() for mutant in each
+    pytest.param(area, mutant, id=f"{area}-{mutant.wrong}".replace(" ", "-"))
+    for area, each in MUTANTS.items()
+    for mutant in each
 ]
 
 
