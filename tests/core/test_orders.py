@@ -176,3 +176,13 @@ def test_interleaved_order_is_torchs(ranks: int, micro_batches: int, chunks: int
     order = order_of("interleaved", ranks, micro_batches, chunks)
     for rank in range(ranks):
         assert list(order.programs[rank]) == torch_actions(rank)
+
+
+def test_a_link_holds_as_many_messages_as_it_has_slots() -> None:
+    first = tuple(Action(kind, m, 0) for kind in KINDS for m in range(3))
+    # The last message is wanted first: those before it must find room beside it.
+    last = (*(Action("forward", m, 1) for m in (2, 0, 1)), *(Action("backward", m, 1) for m in range(3)))
+    order = Order(name="late", stages=2, micro_batches=3, programs=(first, last))
+    order.check(slots=2)
+    with pytest.raises(ValueError, match="rank 0 waits for room to send the forward of micro-batch 1"):
+        order.check(slots=1)

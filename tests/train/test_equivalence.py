@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from stretto.models.causal import CausalStage, initialise
 from stretto.train.job import Optimizer, Shape, TrainJob
 from tests.train import kit
 
@@ -111,3 +112,20 @@ def test_every_schedule_gives_the_same_bits() -> None:
     ]
     for other in found[1:]:
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_process_has_the_gradients_of_the_mean_loss(name: str) -> None:
+    """Against autograd alone: nothing of the trainer but which sequences a step sees."""
+    shape = SHAPES[name]
+    job = kit.job_of(shape, optimizer=Optimizer(clip_norm=None))
+    stage = CausalStage(shape.spec(vocab=kit.VOCAB, positions=kit.LENGTH), dtype=torch.float64)
+    initialise(stage, seed=job.seed)
+    data, _ = kit.samples()
+    tokens, targets = (torch.from_numpy(part) for part in data.at(data.batch(0, job.global_batch)))
+    loss = stage(tokens, targets, length=kit.LENGTH) / targets.numel()
+    loss.backward()
+    found = kit.reference(job)
+    assert found["losses"][0] == pytest.approx(loss.item(), rel=1e-12)
+    for parameter_name, parameter in stage.named_parameters():
+        torch.testing.assert_close(found["gradients"][parameter_name][1], parameter.grad, rtol=1e-10, atol=1e-14)

@@ -220,3 +220,9 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(FieldError, match=said):
             call()
+
+
+def test_a_helper_with_tokens_of_its_own_to_come_is_not_free() -> None:
+    plan = lla_plan([300, 90, 10], 3, min_tokens=1)
+    assert [stretch.place for stretch in plan.stretches[0]][:3] == [0, 2, 1]
+    assert [stretch.stop - stretch.start for stretch in plan.stretches[0]][:2] == [133, 123]
