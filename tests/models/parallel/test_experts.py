@@ -226,3 +226,14 @@ def test_a_helper_with_tokens_of_its_own_to_come_is_not_free() -> None:
     plan = lla_plan([300, 90, 10], 3, min_tokens=1)
     assert [stretch.place for stretch in plan.stretches[0]][:3] == [0, 2, 1]
     assert [stretch.stop - stretch.start for stretch in plan.stretches[0]][:2] == [133, 123]
+
+
+def test_the_busiest_expert_is_placed_first() -> None:
+    plan = lla_plan([60, 100, 0, 0], 2, min_tokens=1)
+    assert [tuple(loan) for loan in plan.loans] == [(1, 0, 1)]
+    assert plan.loads == (80, 80)
+
+
+def test_a_helper_takes_no_less_than_the_least_part_or_all_that_is_left() -> None:
+    plan = lla_plan([400, 90, 90, 20], 4, min_tokens=100)
+    assert [(each.place, each.stop - each.start) for each in plan.stretches[0]] == [(0, 150), (3, 130), (1, 120)]
