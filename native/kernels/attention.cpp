@@ -73,13 +73,16 @@ struct Mix {
     }
 
     // Turns the scores of `count` further positions into their weights, and shrinks what was mixed before to match. Scores up to the
-    // next multiple of LANES must be set, and are 0 afterwards.
+    // next multiple of LANES must be set, to none that is larger, and are 0 afterwards.
     STRETTO_INLINE void weigh(int count) {
         const int padded = (count + LANES - 1) / LANES * LANES;
         for (int g = 0; g < QUERIES; g++) {
-            float top = most[g];
-            for (int i = 0; i < count; i++) top = score[g][i] > top ? score[g][i] : top;
-            const float shrink = std::exp(most[g] - top);
+            Vector tops = Vector{} + most[g];
+            for (int i = 0; i < padded; i += LANES) {
+                const Vector found = S::load(&score[g][i]);
+                tops = found > tops ? found : tops;
+            }
+            const float top = S::largest(tops), shrink = S::exponential(Vector{} + (most[g] - top))[0];
             most[g] = top;
             for (int i = 0; i < padded; i += LANES) {
                 const Vector p = S::exponential(S::load(&score[g][i]) - top);
@@ -115,7 +118,7 @@ struct Queries {
 
     Vector q[QUERIES][kParts];
 
-    STRETTO_INLINE explicit Queries(const T *query) {
+    STRETTO_INLINE void load(const T *query) {
         for (int g = 0; g < QUERIES; g++) {
             if constexpr (DOTS) {
                 for (int j = 0; j < kParts / 2; j++) std::memcpy(&q[g][j], query + g * DIM + 2 * j * LANES, sizeof q[g][j]);
@@ -127,43 +130,94 @@ struct Queries {
 
     // Takes in `count` positions, at most kBlock, whose values lie `to_values` behind their keys; `next` is where keys are read next.
     STRETTO_INLINE void absorb(Mix<DIM, QUERIES, LANES> &mix, const T *const *keys, int count, int64_t to_values, const T *next) const {
-        const float scale = 1.0f / std::sqrt(static_cast<float>(DIM));
+        weigh(mix, keys, count, to_values);
+        mix_values(mix, keys, count, to_values, next);
+    }
+
+    // The weights of `count` positions by their keys. Values are asked for if they lie `to_values` behind; 0: they have been read a moment
+    // ago. Keys, and below values, may have been widened to fp32 beforehand.
+    template <typename K>
+    STRETTO_INLINE void weigh(Mix<DIM, QUERIES, LANES> &mix, const K *const *keys, int count, int64_t to_values) const {
         for (int i = 0; i < count; i += LANES) {
-            Vector dots[QUERIES][LANES];
-            for (int t = 0; t < LANES; t++) {
-                const int token = std::min(i + t, count - 1);
-                const T *key = keys[token];
-                fetch<DIM>(key + to_values);
-                Vector k[kParts];
-                if constexpr (DOTS) {
-                    for (int j = 0; j < kParts / 2; j++) std::memcpy(&k[j], key + 2 * j * LANES, sizeof k[j]);
-                    for (int g = 0; g < QUERIES; g++) {
-                        Vector dot{};
-                        for (int j = 0; j < kParts / 2; j++) dot = S::add_bf16_pairs(dot, q[g][j], k[j]);
-                        dots[g][t] = dot;
-                    }
-                } else {
-                    for (int j = 0; j < kParts; j++) k[j] = S::load(key + j * LANES);
-                    for (int g = 0; g < QUERIES; g++) {
-                        Vector dot = q[g][0] * k[0];
-                        for (int j = 1; j < kParts; j++) dot += q[g][j] * k[j];
-                        dots[g][t] = dot;
-                    }
-                }
+            if (to_values) {
+                for (int t = 0; t < std::min(LANES, count - i); t++) fetch<DIM>(keys[i + t] + to_values);
             }
-            for (int g = 0; g < QUERIES; g++) {
-                const Vector found = S::sums(dots[g]) * scale;
-                std::memcpy(&mix.score[g][i], &found, sizeof found);
+            if constexpr (sizeof(K) == 2) {
+                score_narrow(mix, keys, i, count);
+            } else {
+                score_wide(mix, keys, i, count);
             }
         }
         mix.weigh(count);
-        for (int i = 0; i < count; i++) {
-            fetch<DIM>(next + i * DIM);
-            for (int j = 0; j < kParts; j++) {
-                const Vector v = S::load(keys[i] + to_values + j * LANES);
-                for (int g = 0; g < QUERIES; g++) mix.mixed[g][j] += v * mix.score[g][i];
+    }
+
+    // Adds their values by these weights; `next` is null if what comes next has been read a moment ago.
+    template <typename K>
+    STRETTO_INLINE void mix_values(Mix<DIM, QUERIES, LANES> &mix, const K *const *keys, int count, int64_t to_values, const T *next) const {
+        for (int first = 0; first < kParts; first += kPartsAtOnce) {
+            Vector mixed[QUERIES][kPartsAtOnce];
+            for (int g = 0; g < QUERIES; g++) {
+                for (int j = 0; j < kPartsAtOnce; j++) mixed[g][j] = mix.mixed[g][first + j];
+            }
+            for (int i = 0; i < count; i++) {
+                if (next && first == 0) fetch<DIM>(next + i * DIM);
+                for (int j = 0; j < kPartsAtOnce; j++) {
+                    const Vector v = S::load(keys[i] + to_values + (first + j) * LANES);
+                    for (int g = 0; g < QUERIES; g++) mixed[g][j] += v * mix.score[g][i];
+                }
+            }
+            for (int g = 0; g < QUERIES; g++) {
+                for (int j = 0; j < kPartsAtOnce; j++) mix.mixed[g][first + j] = mixed[g][j];
             }
         }
+    }
+
+  private:
+    static constexpr int kPartsAtOnce = kParts % 4 ? kParts : 4;  // whose sums stay in registers
+
+    // Scores of LANES positions from number `i` on: each key is widened, if it must be, once for all queries.
+    STRETTO_INLINE void score_narrow(Mix<DIM, QUERIES, LANES> &mix, const T *const *keys, int i, int count) const {
+        Vector dots[QUERIES][LANES];
+        for (int t = 0; t < LANES; t++) {
+            const T *key = keys[std::min(i + t, count - 1)];
+            Vector k[kParts];
+            if constexpr (DOTS) {
+                for (int j = 0; j < kParts / 2; j++) std::memcpy(&k[j], key + 2 * j * LANES, sizeof k[j]);
+                for (int g = 0; g < QUERIES; g++) {
+                    Vector dot{};
+                    for (int j = 0; j < kParts / 2; j++) dot = S::add_bf16_pairs(dot, q[g][j], k[j]);
+                    dots[g][t] = dot;
+                }
+            } else {
+                for (int j = 0; j < kParts; j++) k[j] = S::load(key + j * LANES);
+                for (int g = 0; g < QUERIES; g++) dots[g][t] = dot(g, k);
+            }
+        }
+        for (int g = 0; g < QUERIES; g++) keep(mix, g, i, dots[g]);
+    }
+
+    // The same of keys in fp32, query by query, so that all sums stay in registers.
+    STRETTO_INLINE void score_wide(Mix<DIM, QUERIES, LANES> &mix, const float *const *keys, int i, int count) const {
+        for (int g = 0; g < QUERIES; g++) {
+            Vector dots[LANES];
+#pragma GCC unroll 16
+            for (int t = 0; t < LANES; t++) {
+                Vector k[kParts];
+                for (int j = 0; j < kParts; j++) k[j] = S::load(keys[std::min(i + t, count - 1)] + j * LANES);
+                dots[t] = dot(g, k);
+            }
+            keep(mix, g, i, dots);
+        }
+    }
+
+    STRETTO_INLINE Vector dot(int g, const Vector (&k)[kParts]) const {
+        Vector sum = q[g][0] * k[0];
+        for (int j = 1; j < kParts; j++) sum += q[g][j] * k[j];
+        return sum;
+    }
+
+    STRETTO_INLINE void keep(Mix<DIM, QUERIES, LANES> &mix, int g, int i, Vector (&dots)[LANES]) const {
+        S::store(&mix.score[g][i], S::sums(dots) * (1.0f / std::sqrt(static_cast<float>(DIM))));
     }
 };
 
@@ -177,29 +231,61 @@ STRETTO_INLINE T *result_of(const Call &call, int64_t row) {
     return static_cast<T *>(call.out) + row * call.kv_heads * call.group * call.dim;
 }
 
-// QUERIES queries of one row that share KV head `head`; `first` is the number of the first of them in the row.
+// QUERIES queries of each of some neighbouring rows: those of KV head `head`, from number `first` of the row on.
+struct Range {
+    int64_t row, count, head, first;
+};
+
+// Blocks of positions are read once for all rows, while each row does what it would do alone.
 template <typename T, int DIM, int QUERIES, int LANES, bool DOTS>
-STRETTO_INLINE void attend(const Call &call, int64_t row, int64_t head, int64_t first) {
+STRETTO_INLINE void attend(const Call &call, Range of) {
+    using S = Simd<LANES>;
     const T *cache = static_cast<const T *>(call.cache);
-    const int64_t *table = call.table + row * call.table_width;
-    const int64_t length = call.length[row], page_tokens = call.page_tokens, heads = 2 * call.kv_heads;
+    const int64_t last = of.row + of.count - 1, longest = call.length[last];
+    const int64_t *table = call.table + last * call.table_width;
+    const int64_t page_tokens = call.page_tokens, heads = 2 * call.kv_heads;
     const int64_t to_values = call.kv_heads * page_tokens * DIM;  // from a key to its value
-    const Queries<T, DIM, QUERIES, LANES, DOTS> queries(queries_of<T>(call, row) + first * DIM);
-    Mix<DIM, QUERIES, LANES> mix;
-    for (int64_t at = 0; at < length;) {
-        const int count = static_cast<int>(std::min<int64_t>(length - at, kBlock));
+    Queries<T, DIM, QUERIES, LANES, DOTS> queries[kNeighbours];
+    Mix<DIM, QUERIES, LANES> mix[kNeighbours];
+    for (int64_t r = 0; r < of.count; r++) queries[r].load(queries_of<T>(call, of.row + r) + of.first * DIM);
+    for (int64_t at = 0; at < longest; at += kBlock) {
+        const int count = static_cast<int>(std::min<int64_t>(longest - at, kBlock));
         const T *keys[kBlock];
         for (int i = 0; i < count;) {
             const int64_t offset = (at + i) % page_tokens, page = table[(at + i) / page_tokens];
             const int end = static_cast<int>(std::min<int64_t>(count, i + page_tokens - offset));
-            const T *key = cache + ((page * heads + head) * page_tokens + offset) * DIM;
+            const T *key = cache + ((page * heads + of.head) * page_tokens + offset) * DIM;
             for (; i < end; i++, key += DIM) keys[i] = key;
         }
-        const T *next = next_keys<T, DIM>(call, keys[0], row, head, at + count);
-        queries.absorb(mix, keys, count, to_values, next);
-        at += count;
+        const T *next = next_keys<T, DIM>(call, keys[0], last, of.head, at + count);
+        const auto absorb = [&](const auto *const *from, int64_t to, bool ahead) STRETTO_INLINED {
+            const auto left = [&](int64_t r) { return static_cast<int>(std::min<int64_t>(call.length[of.row + r] - at, kBlock)); };
+            // All keys, then all values: the nearest cache holds either.
+            for (int64_t r = 0; r < of.count; r++) {
+                if (left(r) > 0) queries[r].weigh(mix[r], from, left(r), ahead && r == 0 ? to : 0);
+            }
+            for (int64_t r = 0; r < of.count; r++) {
+                if (left(r) > 0) queries[r].mix_values(mix[r], from, left(r), to, ahead && r == 0 ? next : nullptr);
+            }
+        };
+        if constexpr (sizeof(T) == 2 && !DOTS) {
+            if (of.count > 1) {
+                alignas(64) float wide[2 * kBlock * DIM];
+                const float *wide_keys[kBlock];
+                for (int i = 0; i < count; i++) {
+                    wide_keys[i] = wide + i * DIM;
+                    for (int j = 0; j < DIM; j += LANES) {
+                        S::store(wide + i * DIM + j, S::load(keys[i] + j));
+                        S::store(wide + (kBlock + i) * DIM + j, S::load(keys[i] + to_values + j));
+                    }
+                }
+                absorb(wide_keys, kBlock * DIM, false);
+                continue;
+            }
+        }
+        absorb(keys, to_values, true);
     }
-    mix.give(result_of<T>(call, row) + first * DIM);
+    for (int64_t r = 0; r < of.count; r++) mix[r].give(result_of<T>(call, of.row + r) + of.first * DIM);
 }
 
 // Takes in a page in 4 bits: its keys by channel, with positions as lanes, then its values by position, with channels as lanes.
@@ -292,25 +378,25 @@ STRETTO_INLINE void attend_packed(const Call &call, int64_t row, int64_t head, i
     const int count = static_cast<int>(length - full * kPagePositions);
     const T *keys[kBlock];
     for (int i = 0; i < count; i++) keys[i] = key + i * DIM;
-    const Queries<T, DIM, QUERIES, LANES, DOTS> queries(query);
+    Queries<T, DIM, QUERIES, LANES, DOTS> queries;
+    queries.load(query);
     queries.absorb(mix, keys, count, call.kv_heads * kPagePositions * DIM, key);
     mix.give(result_of<T>(call, row) + first * DIM);
 }
 
 // One function for each level, type, width and number of queries: all of them in one would take minutes to compile.
-struct Range {
-    int64_t row, head, first;
-};
 
 #define STRETTO_ATTEND(NAME, TARGET, LANES, DOTS)                                                                    \
     template <typename T, int DIM, int QUERIES>                                                                      \
     TARGET __attribute__((noinline)) void plain_##NAME(const Call &call, Range at) {                                 \
         constexpr bool dots = DOTS && sizeof(T) == 2 && DIM % 32 == 0;                                               \
-        attend<T, DIM, QUERIES, LANES, dots>(call, at.row, at.head, at.first);                                       \
+        attend<T, DIM, QUERIES, LANES, dots>(call, at);                                                              \
     }                                                                                                                \
     template <typename T, int DIM, int QUERIES>                                                                      \
     TARGET __attribute__((noinline)) void packed_##NAME(const Call &call, Range at) {                                \
-        attend_packed<T, DIM, QUERIES, LANES, DOTS && sizeof(T) == 2>(call, at.row, at.head, at.first);              \
+        for (int64_t row = at.row; row < at.row + at.count; row++) {                                                 \
+            attend_packed<T, DIM, QUERIES, LANES, DOTS && sizeof(T) == 2>(call, row, at.head, at.first);             \
+        }                                                                                                            \
     }                                                                                                                \
     struct Level_##NAME {                                                                                            \
         template <typename T, int DIM, int QUERIES>                                                                  \
@@ -323,9 +409,9 @@ struct Range {
     };
 
 template <typename Level, typename T, int DIM>
-void attend_head(const Call &call, int64_t row, int64_t head) {
+void attend_head(const Call &call, int64_t row, int64_t count, int64_t head) {
     for (int64_t done = 0; done < call.group;) {
-        const Range at{row, head, head * call.group + done};
+        const Range at{row, count, head, head * call.group + done};
         const int64_t left = call.group - done, queries = left < kMostQueries ? left : kMostQueries;
         switch (queries) {
             case 1: Level::template attend<T, DIM, 1>(call, at); break;
@@ -338,20 +424,20 @@ void attend_head(const Call &call, int64_t row, int64_t head) {
 }
 
 template <typename Level, typename T>
-void attend_dim(const Call &call, int64_t row, int64_t head) {
+void attend_dim(const Call &call, int64_t row, int64_t count, int64_t head) {
     switch (call.dim) {
-        case 16: return attend_head<Level, T, 16>(call, row, head);
-        case 32: return attend_head<Level, T, 32>(call, row, head);
-        case 64: return attend_head<Level, T, 64>(call, row, head);
-        case 80: return attend_head<Level, T, 80>(call, row, head);
-        case 96: return attend_head<Level, T, 96>(call, row, head);
-        case 128: return attend_head<Level, T, 128>(call, row, head);
+        case 16: return attend_head<Level, T, 16>(call, row, count, head);
+        case 32: return attend_head<Level, T, 32>(call, row, count, head);
+        case 64: return attend_head<Level, T, 64>(call, row, count, head);
+        case 80: return attend_head<Level, T, 80>(call, row, count, head);
+        case 96: return attend_head<Level, T, 96>(call, row, count, head);
+        case 128: return attend_head<Level, T, 128>(call, row, count, head);
     }
 }
 
 template <typename Narrow, typename Wide>
-void attend_level(const Call &call, int64_t row, int64_t head) {
-    call.is_bf16 ? attend_dim<Narrow, uint16_t>(call, row, head) : attend_dim<Wide, float>(call, row, head);
+void attend_level(const Call &call, int64_t row, int64_t count, int64_t head) {
+    call.is_bf16 ? attend_dim<Narrow, uint16_t>(call, row, count, head) : attend_dim<Wide, float>(call, row, count, head);
 }
 
 STRETTO_X86(STRETTO_ATTEND(avx512bf16, STRETTO_TARGET_AVX512, 16, true))
@@ -366,7 +452,8 @@ namespace stretto {
 AttendHead attention_kernel(const std::string &level) {
 #if defined(__x86_64__)
     if (level == "avx512bf16") return attend_level<Level_avx512bf16, Level_avx512>;
-    if (level == "avx512") return attend_level<Level_avx512, Level_avx512>;
+    // Where there are tiles, products of bf16 pairs take four times as long as those of fp32.
+    if (level == "amx" || level == "avx512") return attend_level<Level_avx512, Level_avx512>;
     if (level == "avx2") return attend_level<Level_avx2, Level_avx2>;
 #endif
     if (level == "plain") return attend_level<Level_plain, Level_plain>;
@@ -403,7 +490,7 @@ void decode_attention(const std::string &level, int threads, uintptr_t query, in
     // Neighbouring heads to one thread, so that what it asked for ahead is its own; heads one by one where rows are too few.
     const int64_t heads = rows >= 4 * threads ? kv_heads : 1;
     share(small ? 1 : threads, rows * kv_heads / heads, [&](int64_t item) {
-        for (int64_t i = item * heads; i < (item + 1) * heads; i++) attend(call, i / kv_heads, i % kv_heads);
+        for (int64_t i = item * heads; i < (item + 1) * heads; i++) attend(call, i / kv_heads, 1, i % kv_heads);
     });
 }
 

@@ -1,4 +1,4 @@
-// Attention of single rows over a paged KV cache, for whoever runs it row by row and KV head by KV head.
+// Attention over a paged KV cache, for whoever runs it KV head by KV head, a few rows at a time.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,10 @@ struct AttentionCall {
     const int64_t *open_table = nullptr;  // [rows, table_width]; only those of pages that are not full are looked at
 };
 
-using AttendHead = void (*)(const AttentionCall &, int64_t row, int64_t head);
+constexpr int64_t kNeighbours = 8;  // rows that one call takes at most
+
+// One KV head of `count` rows from `row` on, which are neighbouring positions of one text: all of them read the block table of the last.
+using AttendHead = void (*)(const AttentionCall &, int64_t row, int64_t count, int64_t head);
 
 // The kernel of a level of instructions; throws std::invalid_argument for an unknown one.
 AttendHead attention_kernel(const std::string &level);

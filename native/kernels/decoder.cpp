@@ -160,6 +160,7 @@ class Decoder {
         float *x = nullptr, *heads = nullptr, *mixed = nullptr, *both = nullptr, *active = nullptr;
         uint16_t *query16 = nullptr, *mixed16 = nullptr;
         uint8_t *ready = nullptr;
+        std::vector<int64_t> neighbours;  // where each run of neighbours begins, and the end
         Buffer<Stretch> held;
         Stretch *stretches = nullptr;
 
@@ -187,22 +188,42 @@ class Decoder {
                 query16 = decoder.query16_.get(rows * q_width());
                 mixed16 = decoder.mixed16_.get(rows * q_width());
             }
-            int64_t most = row_bytes(decoder.head_);
+            int64_t most = ready_bytes(decoder.head_, num_wanted);
             for (const Layer &layer : decoder.layers_) {
-                for (const Packed *w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) most = std::max(most, row_bytes(*w));
+                for (const Packed *w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) most = std::max(most, ready_bytes(*w, rows));
             }
-            ready = decoder.ready_.get(rows * most);
+            ready = decoder.ready_.get(most);
+            find_neighbours();
         }
 
-        int64_t row_bytes(const Packed &w) const { return Rows(path, 1, w, nullptr).row_bytes(); }
+        // Rows that are neighbouring positions of one text are attended to together.
+        void find_neighbours() {
+            neighbours.clear();
+            for (int64_t r = 0, begun = 0; r < rows; r++) {
+                const int64_t *table = tables + r * table_width;
+                const bool goes_on = r > 0 && r - begun < kNeighbours && lengths[r] == lengths[r - 1] + 1 &&
+                                     std::equal(table, table + table_width, table - table_width);
+                if (goes_on) continue;
+                neighbours.push_back(r);
+                begun = r;
+            }
+            neighbours.push_back(rows);
+        }
 
-        Rows ready_for(const Packed &w, int64_t count) const { return Rows(path, count, w, ready); }
+        int64_t ready_bytes(const Packed &w, int64_t count) const { return Rows(path, count, w).bytes(); }
+
+        Rows ready_for(const Packed &w, int64_t count) const {
+            Rows made(path, count, w);
+            made.data = ready;
+            return made;
+        }
 
         void walk(int thread, int threads) override {
             const Shape &s = shape();
             std::vector<float> room(static_cast<size_t>(std::max(s.hidden, q_width())));
             float *normed = room.data();
             Stretch *stretch = stretches;
+            const int64_t runs = static_cast<int64_t>(neighbours.size()) - 1;
             const auto next = [&](int64_t items, const auto &work) { (stretch++)->work(thread, threads, items, work); };
             for (size_t i = 0; i < decoder.layers_.size(); i++) {
                 const Layer &layer = decoder.layers_[i];
@@ -216,7 +237,7 @@ class Decoder {
                 });
                 next(rows, [&](int64_t r) { place(layer, i, r); });
                 next(open ? rows * s.kv_heads : 0, [&](int64_t item) { close_page(i, item); });
-                next(rows * s.kv_heads, [&](int64_t item) { mix(i, item); });
+                next(runs * s.kv_heads, [&](int64_t item) { mix(i, item); });
                 next(rows, [&](int64_t r) { prepare_mixed(layer.out, normed, r); });
                 next(chunks(layer.out), [&](int64_t c) { multiply(layer.out, rows, c, x, s.hidden, true); });
                 next(rows, [&](int64_t r) { norm_into(layer.gate_up, rows, layer.norm_mlp, normed, r, r); });
@@ -265,11 +286,9 @@ class Decoder {
         }
 
         void multiply_panels(const Packed &w, int64_t count, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
-            Rows block = ready_for(w, count);
+            const Rows made = ready_for(w, count);
             for (int64_t r = 0; r < count; r += kRowBlock) {
-                block.count = std::min(kRowBlock, count - r);
-                block.data = ready + r * block.row_bytes();
-                products->multiply(block, w, first, last, out + r * stride, stride, add);
+                products->multiply(made.from(r, std::min(kRowBlock, count - r)), w, first, last, out + r * stride, stride, add);
             }
         }
 
@@ -347,7 +366,8 @@ class Decoder {
                                      cache_is_bf16,
                                      open ? reinterpret_cast<const void *>((*open)[index]) : nullptr,
                                      open_tables};
-            attend(call, item / s.kv_heads, item % s.kv_heads);
+            const int64_t first = neighbours[item / s.kv_heads], end = neighbours[item / s.kv_heads + 1];
+            attend(call, first, end - first, item % s.kv_heads);
         }
 
         void prepare_mixed(const Packed &w, float *wide, int64_t r) {

@@ -158,7 +158,7 @@ STRETTO_ROW_KERNELS(plain, , 4)
     STRETTO_X86(STRETTO_TARGET_AVX2 void NAME##_avx2(const CALL &c, int64_t row, bool b) { NAME##_type<8>(c, row, b); })      \
     void NAME##_plain(const CALL &c, int64_t row, bool b) { NAME##_type<4>(c, row, b); }                       \
     auto NAME##_of(const std::string &level) {                                                                 \
-        STRETTO_X86(if (level == "avx512bf16" || level == "avx512") return NAME##_avx512;)                     \
+        STRETTO_X86(if (level == "amx" || level == "avx512bf16" || level == "avx512") return NAME##_avx512;)                     \
         STRETTO_X86(if (level == "avx2") return NAME##_avx2;)                                                  \
         if (level == "plain") return NAME##_plain;                                                             \
         throw std::invalid_argument("level " + level + " is not known here");                                  \
@@ -204,7 +204,7 @@ void scatter(int threads, uintptr_t from, int64_t row_stride, uintptr_t cache, u
 namespace stretto {
 
 const RowKernels &row_kernels(const std::string &level) {
-    STRETTO_X86(if (level == "avx512bf16" || level == "avx512") return k_avx512;)
+    STRETTO_X86(if (level == "amx" || level == "avx512bf16" || level == "avx512") return k_avx512;)
     STRETTO_X86(if (level == "avx2") return k_avx2;)
     if (level == "plain") return k_plain;
     throw std::invalid_argument("level " + level + " is not known here");

@@ -2,8 +2,7 @@
 //
 // A weight of 4 or 8 bits is d * q + m, with a scale d (and a minimum m, where there is one) for each output column and each group
 // of inner elements, both fp16 as in GGUF; one of 16 bits is a bf16 number. Sixteen output columns make a panel and are the lanes of every vector; the inner dimension is
-// never split, and each row's sum runs in one order whatever the number of rows, columns and threads: group by group; within a
-// group, one chain for the high and one for the low parts of the activations.
+// never split, and each row's sum runs in one order whatever the number of rows, columns and threads: group by group.
 //
 // A panel is one stream: for each group sixteen d, sixteen m, then the weights, eight inner elements of sixteen columns in 64 (4 bits)
 // or 128 bytes (8 bits). Byte 4 c + i of the first 64 holds element i of column c, with 4 bits in the low half and element 4 + i in the
@@ -46,57 +45,68 @@ enum class Path {
     fast,   // in 8 bits of the largest of a group
 };
 
-// What a row of activations is made into. Whole numbers are products of bytes: inside a group their sums have no error at all.
-enum class Form {
-    planes,  // three signed bytes an element, the most significant first, and a scale for each group
-    halves,  // bf16
-    thirds,  // three bf16 numbers whose sum is the element, the largest first
-    bytes,   // one signed byte, and a scale for each group
-};
-
-// 8-bit weights are no small bf16 numbers, so rounded activations meet them in planes too. Weights of 16 bits are never multiplied
-// as whole numbers: their fast path is that of bf16.
-inline Form form_of(Path path, int bits) {
-    if (bits == 16) return path == Path::exact ? Form::thirds : Form::halves;
-    if (path == Path::fast) return Form::bytes;
-    return path == Path::exact || bits == 8 ? Form::planes : Form::halves;
-}
-
 // Rows of activations made ready for products with weights of one kind.
+//
+// For weights of 4 and 8 bits an element becomes a whole number, in 24 (exact), 16 (bf16) or 8 bits (fast) of the largest of its
+// group: `planes` signed bytes, the most significant first. Products of bytes are whole numbers, so inside a group their sums have no
+// error at all, and it does not matter which instruction adds them up. Rounded activations of 16 bits lose nothing that
+// shows beside their rounding. Weights of 16 bits meet three bf16 numbers whose sum is the element, the largest first (exact), or one;
+// within four neighbours these lie in the order 0, 2, 1, 3.
+//
+// `tall` rows make a block: first their values, row by row and plane by plane, each row on a cache line; then, of whole numbers, for
+// each group the scales of all rows and the sums of what their values stand for.
 struct Rows {
-    Form form;
+    static constexpr int kTall = 16;
+
+    bool whole;    // whole numbers, else parts in bf16
+    int planes;    // of a row
     bool rounded;  // to bf16 beforehand
     int64_t count, inner;
     int group;
     const int32_t *order;
     const uint8_t *steps;
-    uint8_t *data;
+    int tall;
+    uint8_t *data = nullptr;
 
-    Rows(Path path, int64_t count, const Packed &w, uint8_t *data)
-        : form(form_of(path, w.bits)),
+    Rows(Path path, int64_t count, const Packed &w)
+        : whole(w.bits != 16),
+          planes(path == Path::exact ? 3 : path == Path::bf16 && whole ? 2 : 1),
           rounded(path == Path::bf16),
           count(count),
           inner(w.inner),
           group(w.group),
           order(w.order),
           steps(w.steps),
-          data(data) {}
+          tall(int(count < kTall ? count : kTall)) {}
 
-    bool whole() const { return form == Form::planes || form == Form::bytes; }
     int64_t groups() const { return inner / group; }
-    // The values, plane by plane; then for each group a scale (of whole numbers) and the sum of what the values stand for. Within
-    // four neighbours halves and thirds lie in the order 0, 2, 1, 3.
-    int planes() const { return form == Form::planes || form == Form::thirds ? 3 : 1; }
-    int64_t values_bytes() const { return inner * planes() * (whole() ? 1 : 2); }
-    int64_t row_bytes() const {
-        const int64_t bytes = values_bytes() + groups() * 4 * (whole() ? 2 : 1);
-        return (bytes + 63) / 64 * 64;
-    }
+    int64_t stride() const { return lines(inner * planes * (whole ? 1 : 2)); }  // bytes from row to row of a block
+    int64_t block_bytes() const { return tall * stride() + (whole ? lines(groups() * 2 * tall * 4) : 0); }
+    // With room behind the last numbers, so that a whole block of them can be read from anywhere.
+    int64_t bytes() const { return count ? (count + tall - 1) / tall * block_bytes() + kTall * 4 : 0; }
+
     float largest(int64_t g) const {
-        if (form == Form::planes) return float(0x7F7F00);  // three signed digits of base 256 hold it, and rounding
+        if (planes == 3) return float(0x7F7F00);  // three signed digits of base 256 hold it, and rounding
+        if (planes == 2) return float(0x7F7F);
         return steps ? float(steps[g]) : 127.0f;
     }
-    uint8_t *row(int64_t i) const { return data + i * row_bytes(); }
+    uint8_t *values(int64_t r) const { return data + r / tall * block_bytes() + r % tall * stride(); }
+    const int8_t *bytes_of(int64_t r) const { return reinterpret_cast<const int8_t *>(values(r)); }
+    const uint16_t *halves_of(int64_t r) const { return reinterpret_cast<const uint16_t *>(values(r)); }
+    // Where a row's numbers begin: the scale of group g is number 2 g tall, the sum number (2 g + 1) tall.
+    float *numbers(int64_t r) const {
+        return reinterpret_cast<float *>(data + r / tall * block_bytes() + tall * stride()) + r % tall;
+    }
+    // Rows from `first` on, which must begin a block.
+    Rows from(int64_t first, int64_t rows) const {
+        Rows some = *this;
+        some.count = rows;
+        some.data = values(first);
+        return some;
+    }
+
+  private:
+    static int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 };
 
 // A column as fp32: `length` numbers, of which the first `inner` may be asked for.
@@ -109,7 +119,11 @@ struct Kernels {
     void (*multiply)(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add);
 };
 
-// The kernels of a level: "avx512bf16" (which needs AVX-512 BF16 and VNNI), or "plain" for any machine.
+// The kernels of a level: "amx", "avx512bf16" (which needs AVX-512 BF16 and VNNI), or "plain" for any machine.
 const Kernels &packed_kernels(const std::string &level);
+
+#if defined(__x86_64__)
+extern const Kernels kPackedAvx512, kPackedAmx;
+#endif
 
 }  // namespace stretto

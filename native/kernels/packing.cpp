@@ -90,19 +90,16 @@ void packed_multiply(const std::string &level, const std::string &path, int thre
     const Path how = path == "exact" ? Path::exact : path == "bf16" ? Path::bf16 : Path::fast;
     const Kernels &kernels = packed_kernels(level);
     nb::gil_scoped_release release;
-    Rows ready(how, rows, w, nullptr);
+    Rows ready(how, rows, w);
     Buffer<uint8_t> buffer;
-    ready.data = buffer.get(std::max<int64_t>(1, rows * ready.row_bytes()));
+    ready.data = buffer.get(ready.bytes());
     const float *from = reinterpret_cast<const float *>(x);
     share(threads, rows, [&](int64_t r) { kernels.prepare(ready, r, from + r * length, length); });
     share(threads, threads, [&](int64_t part) {
         const int64_t first = w.panels() * part / threads, last = w.panels() * (part + 1) / threads;
-        Rows block = ready;
         for (int64_t r = 0; r < rows; r += kRowBlock) {
-            block.count = std::min(kRowBlock, rows - r);
-            block.data = ready.row(r);
             float *to = reinterpret_cast<float *>(out) + r * w.columns;
-            kernels.multiply(block, w, first, last, to, w.columns, false);
+            kernels.multiply(ready.from(r, std::min(kRowBlock, rows - r)), w, first, last, to, w.columns, false);
         }
     });
 }

@@ -9,7 +9,8 @@
 
 namespace stretto {
 
-#define STRETTO_INLINE inline __attribute__((always_inline))
+#define STRETTO_INLINED __attribute__((always_inline))
+#define STRETTO_INLINE inline STRETTO_INLINED
 
 // Vectors of L floats, as wide as the registers of a level: 16 for AVX-512, 8 for AVX2, 4 for any x86-64 and arm64.
 template <int L>
@@ -44,7 +45,14 @@ struct Simd {
     static STRETTO_INLINE Vector load(const uint16_t *p) {
         Halves h;
         std::memcpy(&h, p, sizeof h);
-        const Words w = __builtin_convertvector(h, Words) << 16;
+        Words w;
+#if defined(__x86_64__)
+        if constexpr (L >= 8) {  // which the compiler would do in halves
+            asm("vpmovzxwd %1, %0" : "=v"(w) : "vm"(h));
+        } else
+#endif
+            w = __builtin_convertvector(h, Words);
+        w <<= 16;
         Vector v;
         std::memcpy(&v, &w, sizeof v);
         return v;
@@ -122,10 +130,20 @@ struct Simd {
         if constexpr (Distance > 1) halve<Distance / 2>(v);
     }
 
-    static STRETTO_INLINE float sum(Vector v) {
-        float total = 0.0f;
-        for (int lane = 0; lane < L; lane++) total += v[lane];
-        return total;
+    static STRETTO_INLINE float sum(Vector v) { return fold<L / 2>(v, [](Vector a, Vector b) STRETTO_INLINED { return a + b; })[0]; }
+    static STRETTO_INLINE float largest(Vector v) {
+        return fold<L / 2>(v, [](Vector a, Vector b) STRETTO_INLINED { return a > b ? a : b; })[0];
+    }
+
+    // All lanes together: halves of what is left, until one is left.
+    template <int Distance, typename Join>
+    static STRETTO_INLINE Vector fold(Vector v, const Join &join) {
+        Integers from;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < L; lane++) from[lane] = lane ^ Distance;
+        v = join(v, __builtin_shuffle(v, from));
+        if constexpr (Distance > 1) return fold<Distance / 2>(v, join);
+        return v;
     }
 
     // e^x for x <= 0: 2^n times a polynomial (coefficients of the Cephes library's expf), relative error under 2e-7.

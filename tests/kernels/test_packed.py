@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stretto.kernels.attention import BEST_LEVEL
+from stretto.kernels.attention import BEST_LEVEL, LEVELS
 from stretto.kernels.packed import PACKED_LEVELS, PATHS, PackedMatrix, concatenate, pack, pack_numbers
 
-AVAILABLE = PACKED_LEVELS if PACKED_LEVELS[0] == BEST_LEVEL else PACKED_LEVELS[1:]
+AVAILABLE = [level for level in PACKED_LEVELS if level in LEVELS[LEVELS.index(BEST_LEVEL) :]]
 BOUND = {"exact": 1e-6, "bf16": 3e-3, "fast": 1e-2}
 QUANTISED = [(4, True), (4, False), (8, False)]
 KINDS = [*QUANTISED, (16, False)]
@@ -140,6 +140,20 @@ def test_levels_agree(path: str) -> None:
     found = [weights.multiply(x, path=path, level=level) for level in AVAILABLE]  # type: ignore[arg-type]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif("amx" not in AVAILABLE, reason="needs AMX")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("bits", "minimum"), QUANTISED)
+@pytest.mark.parametrize(("columns", "inner", "group"), [(40, 32, 32), (70, 160, 32), (33, 256, 64), (48, 288, 96)])
+def test_tiles_give_the_bits_of_vectors(
+    path: str, bits: int, minimum: bool, columns: int, inner: int, group: int
+) -> None:
+    weights = matrix(columns, inner, group, bits, minimum)
+    for rows in (8, 9, 15, 16, 17, 31, 64, 70, 137):
+        x = torch.randn(rows, inner) * torch.rand(rows, 1) ** 8
+        tiles, vectors = (weights.multiply(x, path=path, level=level) for level in ("amx", "avx512bf16"))  # type: ignore[arg-type]
+        assert torch.equal(tiles, vectors)
 
 
 def test_eight_bit_activations_are_exact_in_whole_numbers() -> None:

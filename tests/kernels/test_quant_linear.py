@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from stretto.kernels.attention import BEST_LEVEL
+from stretto.kernels.attention import BEST_LEVEL, LEVELS
 from stretto.kernels.linear import Quantized, QuantLinear, replace_linear, round_to_nearest
 from stretto.kernels.packed import PACKED_LEVELS, PATHS, PackedMatrix, pack
 
-AVAILABLE = PACKED_LEVELS if PACKED_LEVELS[0] == BEST_LEVEL else PACKED_LEVELS[1:]
+AVAILABLE = [level for level in PACKED_LEVELS if level in LEVELS[LEVELS.index(BEST_LEVEL) :]]
 ROWS = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 118, 128, 152, 768, 1024)
 BOUND = {"exact": 1e-5, "bf16": 3e-3, "fast": 1e-2}
 

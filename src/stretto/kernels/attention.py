@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
-LEVELS = ("avx512bf16", "avx512", "avx2", "plain")
+LEVELS = ("amx", "avx512bf16", "avx512", "avx2", "plain")
 BEST_LEVEL = _native.best_level()
 
 
