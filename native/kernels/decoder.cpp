@@ -210,10 +210,10 @@ class Decoder {
             neighbours.push_back(rows);
         }
 
-        int64_t ready_bytes(const Packed &w, int64_t count) const { return Rows(path, count, w).bytes(); }
+        int64_t ready_bytes(const Packed &w, int64_t count) const { return Rows(path, count, w, products->tiles_from).bytes(); }
 
         Rows ready_for(const Packed &w, int64_t count) const {
-            Rows made(path, count, w);
+            Rows made(path, count, w, products->tiles_from);
             made.data = ready;
             return made;
         }

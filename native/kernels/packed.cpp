@@ -31,8 +31,7 @@ void prepare_plain(const Rows &rows, int64_t r, const float *x, int64_t length) 
     const int group = rows.group;
     for (int64_t g = 0; g < rows.groups(); g++) {
         const auto value = [&](int i) {
-            const float v = g * group + i < length ? x[g * group + i] : 0.0f;
-            return rows.rounded ? from_bf16(to_bf16(v)) : v;
+            return g * group + i < length ? x[g * group + i] : 0.0f;
         };
         float most = 0.0f;
         for (int i = 0; i < group; i++) {

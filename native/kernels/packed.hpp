@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 namespace stretto {
@@ -47,20 +48,25 @@ enum class Path {
 
 // Rows of activations made ready for products with weights of one kind.
 //
-// For weights of 4 and 8 bits an element becomes a whole number, in 24 (exact), 16 (bf16) or 8 bits (fast) of the largest of its
-// group: `planes` signed bytes, the most significant first. Products of bytes are whole numbers, so inside a group their sums have no
-// error at all, and it does not matter which instruction adds them up. Rounded activations of 16 bits lose nothing that
-// shows beside their rounding. Weights of 16 bits meet three bf16 numbers whose sum is the element, the largest first (exact), or one;
-// within four neighbours these lie in the order 0, 2, 1, 3.
+// For weights of 4 and 8 bits an element becomes a whole number, in 24 (exact), 12 (bf16: the error of a sum is a fifth of what rounding to
+// bf16 would give) or 8 bits (fast) of the largest of its group: `planes` signed bytes, the most significant first. Products of bytes are
+// whole numbers, so inside a group their sums have no error at all, and it does not matter which instructions add them up.
+//
+// For tiles, numbers of 24 or 12 bits that meet 4-bit weights are kept as `twelves` instead: digits of 12 bits, each of which is sixteen times a
+// signed byte and one of 0 .. 15. Of 32 elements first come the 32 bytes, then the 32 rests. One product of bytes with weights times
+// sixteen, and with the weights, is a product with 12 bits.
+//
+// Weights of 16 bits meet three bf16 numbers whose sum is the element, the largest first (exact), or one; within four neighbours these
+// lie in the order 0, 2, 1, 3.
 //
 // `tall` rows make a block: first their values, row by row and plane by plane, each row on a cache line; then, of whole numbers, for
 // each group the scales of all rows and the sums of what their values stand for.
 struct Rows {
     static constexpr int kTall = 16;
 
-    bool whole;    // whole numbers, else parts in bf16
-    int planes;    // of a row
-    bool rounded;  // to bf16 beforehand
+    bool whole;   // whole numbers, else bf16
+    int planes;   // of a row
+    int twelves;  // digits of 12 bits in place of planes, or 0
     int64_t count, inner;
     int group;
     const int32_t *order;
@@ -68,10 +74,11 @@ struct Rows {
     int tall;
     uint8_t *data = nullptr;
 
-    Rows(Path path, int64_t count, const Packed &w)
+    // `tiles_from`: from how many rows on they are made for tiles.
+    Rows(Path path, int64_t count, const Packed &w, int64_t tiles_from)
         : whole(w.bits != 16),
           planes(path == Path::exact ? 3 : path == Path::bf16 && whole ? 2 : 1),
-          rounded(path == Path::bf16),
+          twelves(w.bits == 4 && planes > 1 && count >= tiles_from ? planes - 1 : 0),
           count(count),
           inner(w.inner),
           group(w.group),
@@ -80,14 +87,14 @@ struct Rows {
           tall(int(count < kTall ? count : kTall)) {}
 
     int64_t groups() const { return inner / group; }
-    int64_t stride() const { return lines(inner * planes * (whole ? 1 : 2)); }  // bytes from row to row of a block
+    int64_t stride() const { return lines(inner * (twelves ? 2 * twelves : planes * (whole ? 1 : 2))); }  // bytes from row to row of a block
     int64_t block_bytes() const { return tall * stride() + (whole ? lines(groups() * 2 * tall * 4) : 0); }
     // With room behind the last numbers, so that a whole block of them can be read from anywhere.
     int64_t bytes() const { return count ? (count + tall - 1) / tall * block_bytes() + kTall * 4 : 0; }
 
     float largest(int64_t g) const {
         if (planes == 3) return float(0x7F7F00);  // three signed digits of base 256 hold it, and rounding
-        if (planes == 2) return float(0x7F7F);
+        if (planes == 2) return 2047.0f;
         return steps ? float(steps[g]) : 127.0f;
     }
     uint8_t *values(int64_t r) const { return data + r / tall * block_bytes() + r % tall * stride(); }
@@ -117,6 +124,7 @@ struct Kernels {
     void (*prepare)(const Rows &rows, int64_t row, const float *x, int64_t length);
     // out[r][c] (+)= row r . column c for all rows and the columns of panels [first, last); `out` has `stride` floats a row.
     void (*multiply)(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add);
+    int64_t tiles_from = std::numeric_limits<int64_t>::max();  // see Rows
 };
 
 // The kernels of a level: "amx", "avx512bf16" (which needs AVX-512 BF16 and VNNI), or "plain" for any machine.

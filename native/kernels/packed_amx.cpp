@@ -58,11 +58,11 @@ struct alignas(64) Shapes {
     static void release() { asm volatile("tilerelease"); }
 };
 
-// How many inner elements a tile holds: it ends with a group at the latest.
-int depth_of(const Packed &w) { return w.group % 64 ? 32 : 64; }
+// How many bytes of a row a tile holds: 32 elements as twelves, else no more than a group.
+int depth_of(const Rows &rows) { return !rows.twelves && rows.group % 64 ? 32 : 64; }
 
 // One panel made ready, and where its results go: weights as bytes, four inner elements of sixteen columns in 64 of them, groups
-// `group_bytes` apart; for each group sixteen scales and sixteen minima.
+// `group_bytes` apart; for twelves each 32 elements times sixteen, then as they are. For each group sixteen scales and sixteen minima.
 struct Panel {
     const uint8_t *weights;
     int64_t group_bytes;
@@ -73,7 +73,7 @@ struct Panel {
 };
 
 template <int BITS, bool MINIMUM>
-STRETTO_TARGET_BF16 void unpack(const Packed &w, const uint8_t *data, uint8_t *weights, float *numbers) {
+STRETTO_TARGET_BF16 void unpack(const Packed &w, bool twelves, const uint8_t *data, uint8_t *weights, float *numbers) {
     const __m512i fifteen = _mm512_set1_epi8(15);
     for (int64_t g = 0; g < w.groups(); g++, data += w.group_bytes()) {
         const uint16_t *d = reinterpret_cast<const uint16_t *>(data);
@@ -82,53 +82,77 @@ STRETTO_TARGET_BF16 void unpack(const Packed &w, const uint8_t *data, uint8_t *w
         _mm512_store_ps(numbers + (2 * g + 1) * kPanel, minimum_of<BITS, MINIMUM>(d, scale));
         if constexpr (BITS == 8) continue;  // its bytes lie well where they are
         const uint8_t *at = data + w.numbers_bytes();
-        for (int k = 0; k < w.group; k += 8, at += 64, weights += 128) {
-            const __m512i both = _mm512_loadu_si512(at);
-            _mm512_store_si512(weights, _mm512_and_si512(both, fifteen));
-            _mm512_store_si512(weights + 64, _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen));
+        for (int k = 0; k < w.group; k += 32) {
+            for (int i = 0; i < 4; i++, at += 64, weights += 128) {
+                const __m512i both = _mm512_loadu_si512(at);
+                const __m512i low = _mm512_and_si512(both, fifteen), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen);
+                if (twelves) {
+                    _mm512_store_si512(weights, _mm512_slli_epi16(low, 4));
+                    _mm512_store_si512(weights + 64, _mm512_andnot_si512(fifteen, both));
+                    _mm512_store_si512(weights + 512, low);
+                    _mm512_store_si512(weights + 576, high);
+                } else {
+                    _mm512_store_si512(weights, low);
+                    _mm512_store_si512(weights + 64, high);
+                }
+            }
+            if (twelves) weights += 512;
         }
     }
 }
 
-// The sums of a group's planes, each a tile, to `to`.
-template <int PLANES>
-STRETTO_INLINE_BF16 inline void sum_group(const Rows &rows, const int8_t *values, int64_t stride, int depth, const uint8_t *weights, int32_t *to) {
+// The sums of a group, those of each plane or digit a tile, to `to`. Planes or digits lie `between` bytes apart in a row, the `pieces` of a
+// group `step` bytes, and their weights `weights_step`.
+template <int SUMS>
+STRETTO_INLINE_BF16 inline void sum_group(const int8_t *values, int64_t stride, int64_t between, int64_t step, int pieces,
+                                          const uint8_t *weights, int64_t weights_step, int32_t *to) {
     clear_tile<kSums>();
-    if constexpr (PLANES > 1) clear_tile<kSums + 1>();
-    if constexpr (PLANES > 2) clear_tile<kSums + 2>();
-    for (int k = 0; k < rows.group; k += depth) {
-        load_tile<kWeights>(weights + k * kPanel, 64);
-        load_tile<kRows>(values + k, stride);
+    if constexpr (SUMS > 1) clear_tile<kSums + 1>();
+    if constexpr (SUMS > 2) clear_tile<kSums + 2>();
+    for (int piece = 0; piece < pieces; piece++, values += step, weights += weights_step) {
+        load_tile<kWeights>(weights, 64);
+        load_tile<kRows>(values, stride);
         multiply_tiles<kSums>();
-        if constexpr (PLANES > 1) {
-            load_tile<kRows>(values + rows.inner + k, stride);
+        if constexpr (SUMS > 1) {
+            load_tile<kRows>(values + between, stride);
             multiply_tiles<kSums + 1>();
         }
-        if constexpr (PLANES > 2) {
-            load_tile<kRows>(values + 2 * rows.inner + k, stride);
+        if constexpr (SUMS > 2) {
+            load_tile<kRows>(values + 2 * between, stride);
             multiply_tiles<kSums + 2>();
         }
     }
     store_tile<kSums>(to);
-    if constexpr (PLANES > 1) store_tile<kSums + 1>(to + kTile * kTile);
-    if constexpr (PLANES > 2) store_tile<kSums + 2>(to + 2 * kTile * kTile);
+    if constexpr (SUMS > 1) store_tile<kSums + 1>(to + kTile * kTile);
+    if constexpr (SUMS > 2) store_tile<kSums + 2>(to + 2 * kTile * kTile);
+}
+
+// What the sums of digits of 12 bits stand for together.
+template <int SUMS>
+STRETTO_TARGET_BF16 inline Lanes twelves_together(const __m512i (&sums)[SUMS]) {
+    const Lanes first = _mm512_cvtepi32_ps(sums[0]);
+    if constexpr (SUMS == 1) return first;
+    return _mm512_fmadd_ps(first, _mm512_set1_ps(4096.0f), _mm512_cvtepi32_ps(sums[1]));
 }
 
 // A block of `height` rows, at most R, from row `first` on, by one panel. The tiles of a group are under way while the one before it is
 // added up. Groups take turns in two buffers, each with instructions of its own: a processor guesses by the instruction which store a load
 // waits for, and with one instruction for both would wait for the tiles under way.
-template <int R, int PLANES>
-STRETTO_TARGET_BF16 void multiply_block(const Rows &rows, int64_t first, int height, int depth, const Panel &panel) {
-    using Sums = int32_t[PLANES][kTile][kTile];
+template <int R, int SUMS, bool TWELVES>
+STRETTO_TARGET_BF16 void multiply_block(const Rows &rows, int64_t first, int height, const Panel &panel) {
+    using Sums = int32_t[SUMS][kTile][kTile];
     alignas(64) Sums even, odd;
     const int8_t *values = rows.bytes_of(first);
     const float *numbers = rows.numbers(first);
     const int64_t groups = rows.groups(), stride = rows.stride();
+    const int depth = depth_of(rows), pieces = rows.group / (TWELVES ? 32 : depth);
+    const int64_t between = TWELVES ? 64 : rows.inner, step = TWELVES ? 64 * SUMS : depth;
     Lanes total[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) total[r] = _mm512_setzero_ps();
     const auto sum = [&](int64_t g, Sums &to) STRETTO_INLINE_BF16 {
-        sum_group<PLANES>(rows, values + g * rows.group, stride, depth, panel.weights + g * panel.group_bytes, to[0][0]);
+        sum_group<SUMS>(values + g * pieces * step, stride, between, step, pieces, panel.weights + g * panel.group_bytes,
+                        depth * kPanel, to[0][0]);
     };
     const auto add = [&](int64_t g, const Sums &sums) STRETTO_INLINE_BF16 {
         const Lanes scale = _mm512_load_ps(panel.numbers + 2 * g * kPanel);
@@ -136,10 +160,16 @@ STRETTO_TARGET_BF16 void multiply_block(const Rows &rows, int64_t first, int hei
         const float *row_scales = numbers + 2 * g * rows.tall, *row_sums = row_scales + rows.tall;
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-            __m512i planes[PLANES];
+            __m512i of_row[SUMS];
 #pragma GCC unroll 3
-            for (int p = 0; p < PLANES; p++) planes[p] = _mm512_load_si512(sums[p][r]);
-            total[r] = add_group(total[r], together(planes), scale, minimum, row_scales[r], row_sums[r]);
+            for (int i = 0; i < SUMS; i++) of_row[i] = _mm512_load_si512(sums[i][r]);
+            Lanes whole;
+            if constexpr (TWELVES) {
+                whole = twelves_together(of_row);
+            } else {
+                whole = together(of_row);
+            }
+            total[r] = add_group(total[r], whole, scale, minimum, row_scales[r], row_sums[r]);
         }
     };
     sum(0, even);
@@ -156,21 +186,20 @@ STRETTO_TARGET_BF16 void multiply_block(const Rows &rows, int64_t first, int hei
     }
 }
 
-template <int PLANES>
-STRETTO_TARGET_BF16 void multiply_planes(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride,
-                                         bool add) {
+template <int SUMS, bool TWELVES>
+STRETTO_TARGET_BF16 void multiply_sums(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride,
+                                       bool add) {
     static thread_local Buffer<uint8_t> weights_room;
     static thread_local Buffer<float> numbers_room;
-    uint8_t *weights = w.bits == 8 ? nullptr : weights_room.get(w.inner * kPanel);
+    uint8_t *weights = w.bits == 8 ? nullptr : weights_room.get(w.inner * kPanel * (TWELVES ? 2 : 1));
     float *numbers = numbers_room.get(w.groups() * 2 * kPanel);
     const auto make_ready = w.bits == 8 ? unpack<8, false> : w.minimum ? unpack<4, true> : unpack<4, false>;
-    const int depth = depth_of(w);
     int shaped = 0;
     for (int64_t p = first; p < last; p++) {
         const uint8_t *data = w.data + p * w.panel_bytes();
-        make_ready(w, data, weights, numbers);
+        make_ready(w, TWELVES, data, weights, numbers);
         const Panel panel{w.bits == 8 ? data + w.numbers_bytes() : weights,
-                          w.bits == 8 ? w.group_bytes() : int64_t(w.group) * kPanel,
+                          w.bits == 8 ? w.group_bytes() : int64_t(w.group) * kPanel * (TWELVES ? 2 : 1),
                           numbers,
                           out + p * kPanel,
                           stride,
@@ -178,27 +207,29 @@ STRETTO_TARGET_BF16 void multiply_planes(const Rows &rows, const Packed &w, int6
                           add};
         for (int64_t r = 0; r < rows.count; r += rows.tall) {
             const int height = int(std::min<int64_t>(rows.tall, rows.count - r));
-            if (height != shaped) Shapes(height, depth).use();
+            if (height != shaped) Shapes(height, depth_of(rows)).use();
             shaped = height;
-            const auto run = height <= 8 ? multiply_block<8, PLANES> : multiply_block<16, PLANES>;
-            run(rows, r, height, depth, panel);
+            const auto run = height <= 8 ? multiply_block<8, SUMS, TWELVES> : multiply_block<16, SUMS, TWELVES>;
+            run(rows, r, height, panel);
         }
     }
     Shapes::release();
 }
 
 STRETTO_TARGET_BF16 void multiply_amx(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
+    if (rows.twelves == 2) return multiply_sums<2, true>(rows, w, first, last, out, stride, add);
+    if (rows.twelves == 1) return multiply_sums<1, true>(rows, w, first, last, out, stride, add);
     if (!rows.whole || rows.count < kFewest) return kPackedAvx512.multiply(rows, w, first, last, out, stride, add);
-    if (rows.planes == 3) return multiply_planes<3>(rows, w, first, last, out, stride, add);
-    if (rows.planes == 2) return multiply_planes<2>(rows, w, first, last, out, stride, add);
-    return multiply_planes<1>(rows, w, first, last, out, stride, add);
+    if (rows.planes == 3) return multiply_sums<3, false>(rows, w, first, last, out, stride, add);
+    if (rows.planes == 2) return multiply_sums<2, false>(rows, w, first, last, out, stride, add);
+    return multiply_sums<1, false>(rows, w, first, last, out, stride, add);
 }
 
 }  // namespace
 
-// Rows are made ready as on the AVX-512 level.
+// Rows are made ready as on the AVX-512 level, which also makes those for tiles.
 const Kernels kPackedAmx{[](const Rows &rows, int64_t r, const float *x, int64_t length) { kPackedAvx512.prepare(rows, r, x, length); },
-                         multiply_amx};
+                         multiply_amx, kFewest};
 
 }  // namespace stretto
 #endif

@@ -27,11 +27,6 @@ STRETTO_TARGET_BF16 inline Lanes some(const float *x, int64_t from, int64_t leng
     return _mm512_maskz_loadu_ps(mask, x + from);
 }
 
-STRETTO_TARGET_BF16 inline Lanes some(const float *x, int64_t from, int64_t length, bool rounded) {
-    const Lanes value = some(x, from, length);
-    return rounded ? widened(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value))) : value;
-}
-
 // Sixteen values as bf16, to where they lie within four neighbours.
 STRETTO_TARGET_BF16 inline __m256i store_halves(uint16_t *to, Lanes values) {
     const __m256i order = _mm256_set_epi16(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
@@ -50,6 +45,18 @@ STRETTO_TARGET_BF16 void prepare_parts(const Rows &rows, int64_t r, const float 
     }
 }
 
+// Sixteen whole numbers, elements `from` and on, as digits of 12 bits.
+STRETTO_TARGET_BF16 inline void store_twelves(uint8_t *bytes, int twelves, int64_t from, __m512i q) {
+    uint8_t *to = bytes + from / 32 * 64 * twelves + from % 32;
+    for (int t = twelves - 1; t >= 0; t--) {
+        const __m512i digit = _mm512_srai_epi32(_mm512_slli_epi32(q, 20), 20);
+        const __m512i rest = _mm512_and_si512(digit, _mm512_set1_epi32(15));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 64 * t), _mm512_cvtepi32_epi8(_mm512_srai_epi32(digit, 4)));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 64 * t + 32), _mm512_cvtepi32_epi8(rest));
+        q = _mm512_srai_epi32(_mm512_sub_epi32(q, digit), 12);
+    }
+}
+
 // Whole numbers come out as in prepare_plain.
 STRETTO_TARGET_BF16 void prepare_avx512(const Rows &rows, int64_t r, const float *x, int64_t length) {
     x = sorted(rows, x, length);
@@ -62,7 +69,7 @@ STRETTO_TARGET_BF16 void prepare_avx512(const Rows &rows, int64_t r, const float
         Lanes top = _mm512_setzero_ps();
         __mmask16 wrong = 0;
         for (int i = 0; i < group; i += 16) {
-            const Lanes value = _mm512_abs_ps(some(x, first + i, length, rows.rounded));
+            const Lanes value = _mm512_abs_ps(some(x, first + i, length));
             wrong |= _mm512_cmp_ps_mask(value, _mm512_set1_ps(std::numeric_limits<float>::infinity()), _CMP_NLT_UQ);
             top = _mm512_max_ps(top, value);
         }
@@ -70,10 +77,14 @@ STRETTO_TARGET_BF16 void prepare_avx512(const Rows &rows, int64_t r, const float
         const Scale of(most, rows.largest(g));
         __m512i sum = _mm512_setzero_si512();
         for (int i = 0; i < group; i += 16) {
-            const Lanes value = some(x, first + i, length, rows.rounded);
+            const Lanes value = some(x, first + i, length);
             const Lanes scaled = of.inverse == 0.0f ? _mm512_setzero_ps() : _mm512_mul_ps(value, _mm512_set1_ps(of.inverse));
             __m512i q = _mm512_cvtps_epi32(scaled);
             sum = _mm512_add_epi32(sum, q);
+            if (rows.twelves) {
+                store_twelves(bytes, rows.twelves, first + i, q);
+                continue;
+            }
             for (int plane = rows.planes - 1; plane >= 0; plane--) {
                 const __m128i digit = _mm512_cvtepi32_epi8(q);
                 _mm_storeu_si128(reinterpret_cast<__m128i *>(bytes + plane * rows.inner + first + i), digit);

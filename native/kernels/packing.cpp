@@ -90,7 +90,7 @@ void packed_multiply(const std::string &level, const std::string &path, int thre
     const Path how = path == "exact" ? Path::exact : path == "bf16" ? Path::bf16 : Path::fast;
     const Kernels &kernels = packed_kernels(level);
     nb::gil_scoped_release release;
-    Rows ready(how, rows, w);
+    Rows ready(how, rows, w, kernels.tiles_from);
     Buffer<uint8_t> buffer;
     ready.data = buffer.get(ready.bytes());
     const float *from = reinterpret_cast<const float *>(x);
