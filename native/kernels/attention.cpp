@@ -134,24 +134,16 @@ struct Queries {
         mix_values(mix, keys, count, to_values, next);
     }
 
-    // The weights of `count` positions by their keys. Values are asked for if they lie `to_values` behind; 0: they have been read a moment
-    // ago. Keys, and below values, may have been widened to fp32 beforehand.
-    template <typename K>
-    STRETTO_INLINE void weigh(Mix<DIM, QUERIES, LANES> &mix, const K *const *keys, int count, int64_t to_values) const {
+    // The weights of `count` positions by their keys; their values are asked for.
+    STRETTO_INLINE void weigh(Mix<DIM, QUERIES, LANES> &mix, const T *const *keys, int count, int64_t to_values) const {
         for (int i = 0; i < count; i += LANES) {
-            if (to_values) {
-                for (int t = 0; t < std::min(LANES, count - i); t++) fetch<DIM>(keys[i + t] + to_values);
-            }
-            if constexpr (sizeof(K) == 2) {
-                score_narrow(mix, keys, i, count);
-            } else {
-                score_wide(mix, keys, i, count);
-            }
+            for (int t = 0; t < std::min(LANES, count - i); t++) fetch<DIM>(keys[i + t] + to_values);
+            score(mix, keys, i, count);
         }
         mix.weigh(count);
     }
 
-    // Adds their values by these weights; `next` is null if what comes next has been read a moment ago.
+    // Adds values by these weights; `next` is null if what comes next has been read a moment ago. Values may have been widened to fp32.
     template <typename K>
     STRETTO_INLINE void mix_values(Mix<DIM, QUERIES, LANES> &mix, const K *const *keys, int count, int64_t to_values, const T *next) const {
         for (int first = 0; first < kParts; first += kPartsAtOnce) {
@@ -162,7 +154,8 @@ struct Queries {
             for (int i = 0; i < count; i++) {
                 if (next && first == 0) fetch<DIM>(next + i * DIM);
                 for (int j = 0; j < kPartsAtOnce; j++) {
-                    const Vector v = S::load(keys[i] + to_values + (first + j) * LANES);
+                    Vector v = S::load(keys[i] + to_values + (first + j) * LANES);
+                    asm("" : "+x"(v));  // one load for all queries, which the compiler would repeat
                     for (int g = 0; g < QUERIES; g++) mixed[g][j] += v * mix.score[g][i];
                 }
             }
@@ -175,8 +168,8 @@ struct Queries {
   private:
     static constexpr int kPartsAtOnce = kParts % 4 ? kParts : 4;  // whose sums stay in registers
 
-    // Scores of LANES positions from number `i` on: each key is widened, if it must be, once for all queries.
-    STRETTO_INLINE void score_narrow(Mix<DIM, QUERIES, LANES> &mix, const T *const *keys, int i, int count) const {
+    // Scores of LANES positions from number `i` on.
+    STRETTO_INLINE void score(Mix<DIM, QUERIES, LANES> &mix, const T *const *keys, int i, int count) const {
         Vector dots[QUERIES][LANES];
         for (int t = 0; t < LANES; t++) {
             const T *key = keys[std::min(i + t, count - 1)];
@@ -194,20 +187,6 @@ struct Queries {
             }
         }
         for (int g = 0; g < QUERIES; g++) keep(mix, g, i, dots[g]);
-    }
-
-    // The same of keys in fp32, query by query, so that all sums stay in registers.
-    STRETTO_INLINE void score_wide(Mix<DIM, QUERIES, LANES> &mix, const float *const *keys, int i, int count) const {
-        for (int g = 0; g < QUERIES; g++) {
-            Vector dots[LANES];
-#pragma GCC unroll 16
-            for (int t = 0; t < LANES; t++) {
-                Vector k[kParts];
-                for (int j = 0; j < kParts; j++) k[j] = S::load(keys[std::min(i + t, count - 1)] + j * LANES);
-                dots[t] = dot(g, k);
-            }
-            keep(mix, g, i, dots);
-        }
     }
 
     STRETTO_INLINE Vector dot(int g, const Vector (&k)[kParts]) const {
@@ -231,15 +210,72 @@ STRETTO_INLINE T *result_of(const Call &call, int64_t row) {
     return static_cast<T *>(call.out) + row * call.kv_heads * call.group * call.dim;
 }
 
+// A block of keys turned round: [DIM, kBlock], so that positions are the lanes of scores, and no sum runs across lanes.
+template <int DIM, int LANES>
+struct Turned {
+    using S = Simd<LANES>;
+    using Vector = typename S::Vector;
+    static constexpr int kParts = DIM / LANES;
+    static constexpr int kAtOnce = LANES < 16 ? 2 : 4;  // vectors of positions
+
+    alignas(64) float keys[DIM][kBlock];
+
+    // Positions from `count` on are filled with the last.
+    template <typename T>
+    STRETTO_INLINE void turn(const T *const *from, int count) {
+        for (int i = 0; i < kBlock; i += LANES) {
+            for (int j = 0; j < kParts; j++) {
+                Vector v[LANES];
+#pragma GCC unroll 16
+                for (int t = 0; t < LANES; t++) v[t] = S::load(from[std::min(i + t, count - 1)] + j * LANES);
+                S::turn(v);
+#pragma GCC unroll 16
+                for (int t = 0; t < LANES; t++) S::store(&keys[j * LANES + t][i], v[t]);
+            }
+        }
+    }
+
+    // Scores of all positions, [kBlock]; each sum in the order of `Queries::score`.
+    STRETTO_INLINE void score(const float *query, float *scores) const {
+        const float scale = 1.0f / std::sqrt(static_cast<float>(DIM));
+        for (int i = 0; i < kBlock; i += kAtOnce * LANES) {
+            Vector sums[kAtOnce];
+            add<0, 1>(query, i, sums);
+            for (int k = 0; k < kAtOnce; k++) S::store(scores + i + k * LANES, sums[k] * scale);
+        }
+    }
+
+  private:
+    // The sum of what lanes Lane, Lane + Distance, ... of a query's vectors give, in the order in which Simd::sums folds lanes.
+    template <int Lane, int Distance>
+    STRETTO_INLINE void add(const float *query, int i, Vector (&sums)[kAtOnce]) const {
+        if constexpr (Distance < LANES) {
+            Vector others[kAtOnce];
+            add<Lane, 2 * Distance>(query, i, sums);
+            add<Lane + Distance, 2 * Distance>(query, i, others);
+            for (int k = 0; k < kAtOnce; k++) sums[k] += others[k];
+        } else {
+            for (int k = 0; k < kAtOnce; k++) sums[k] = S::load(&keys[Lane][i + k * LANES]) * query[Lane];
+#pragma GCC unroll 8
+            for (int j = 1; j < kParts; j++) {
+                const int d = j * LANES + Lane;
+                for (int k = 0; k < kAtOnce; k++) sums[k] += S::load(&keys[d][i + k * LANES]) * query[d];
+            }
+        }
+    }
+};
+
 // QUERIES queries of each of some neighbouring rows: those of KV head `head`, from number `first` of the row on.
 struct Range {
     int64_t row, count, head, first;
 };
 
-// Blocks of positions are read once for all rows, while each row does what it would do alone.
-template <typename T, int DIM, int QUERIES, int LANES, bool DOTS>
+// Blocks of positions are read once for all rows, while each row's sums are what they would be alone: to the last bit.
+template <typename T, int DIM, int QUERIES, int LANES, bool DOTS, auto SCORE>
 STRETTO_INLINE void attend(const Call &call, Range of) {
     using S = Simd<LANES>;
+    Turned<DIM, LANES> turned;
+    alignas(64) float values[kBlock][DIM];  // in one place, which the nearest cache holds
     const T *cache = static_cast<const T *>(call.cache);
     const int64_t last = of.row + of.count - 1, longest = call.length[last];
     const int64_t *table = call.table + last * call.table_width;
@@ -258,32 +294,33 @@ STRETTO_INLINE void attend(const Call &call, Range of) {
             for (; i < end; i++, key += DIM) keys[i] = key;
         }
         const T *next = next_keys<T, DIM>(call, keys[0], last, of.head, at + count);
-        const auto absorb = [&](const auto *const *from, int64_t to, bool ahead) STRETTO_INLINED {
-            const auto left = [&](int64_t r) { return static_cast<int>(std::min<int64_t>(call.length[of.row + r] - at, kBlock)); };
-            // All keys, then all values: the nearest cache holds either.
-            for (int64_t r = 0; r < of.count; r++) {
-                if (left(r) > 0) queries[r].weigh(mix[r], from, left(r), ahead && r == 0 ? to : 0);
-            }
-            for (int64_t r = 0; r < of.count; r++) {
-                if (left(r) > 0) queries[r].mix_values(mix[r], from, left(r), to, ahead && r == 0 ? next : nullptr);
-            }
+        const auto left = [&](int64_t r) STRETTO_INLINED {
+            return static_cast<int>(std::min<int64_t>(call.length[of.row + r] - at, kBlock));
         };
-        if constexpr (sizeof(T) == 2 && !DOTS) {
-            if (of.count > 1) {
-                alignas(64) float wide[2 * kBlock * DIM];
-                const float *wide_keys[kBlock];
-                for (int i = 0; i < count; i++) {
-                    wide_keys[i] = wide + i * DIM;
-                    for (int j = 0; j < DIM; j += LANES) {
-                        S::store(wide + i * DIM + j, S::load(keys[i] + j));
-                        S::store(wide + (kBlock + i) * DIM + j, S::load(keys[i] + to_values + j));
-                    }
-                }
-                absorb(wide_keys, kBlock * DIM, false);
-                continue;
+        if (DOTS || of.count == 1) {
+            for (int64_t r = 0; r < of.count; r++) {
+                if (left(r) > 0) queries[r].absorb(mix[r], keys, left(r), to_values, next);
             }
+            continue;
         }
-        absorb(keys, to_values, true);
+        turned.turn(keys, count);
+        for (int64_t r = 0; r < of.count; r++) {
+            const int seen = left(r);
+            if (seen <= 0) continue;
+            for (int g = 0; g < QUERIES; g++) {
+                SCORE(reinterpret_cast<const float *>(queries[r].q[g]), turned, mix[r].score[g]);
+                for (int i = seen; i < kBlock; i++) mix[r].score[g][i] = mix[r].score[g][seen - 1];
+            }
+            mix[r].weigh(seen);
+        }
+        const float *near[kBlock];
+        for (int i = 0; i < count; i++) {
+            for (int j = 0; j < DIM; j += LANES) S::store(&values[i][j], S::load(keys[i] + to_values + j));
+            near[i] = values[i];
+        }
+        for (int64_t r = 0; r < of.count; r++) {
+            if (left(r) > 0) queries[r].mix_values(mix[r], near, left(r), 0, nullptr);
+        }
     }
     for (int64_t r = 0; r < of.count; r++) mix[r].give(result_of<T>(call, of.row + r) + of.first * DIM);
 }
@@ -387,10 +424,14 @@ STRETTO_INLINE void attend_packed(const Call &call, int64_t row, int64_t head, i
 // One function for each level, type, width and number of queries: all of them in one would take minutes to compile.
 
 #define STRETTO_ATTEND(NAME, TARGET, LANES, DOTS)                                                                    \
+    template <int DIM>                                                                                               \
+    TARGET __attribute__((noinline)) void score_##NAME(const float *query, const Turned<DIM, LANES> &keys, float *to) { \
+        keys.score(query, to);                                                                                       \
+    }                                                                                                                \
     template <typename T, int DIM, int QUERIES>                                                                      \
     TARGET __attribute__((noinline)) void plain_##NAME(const Call &call, Range at) {                                 \
         constexpr bool dots = DOTS && sizeof(T) == 2 && DIM % 32 == 0;                                               \
-        attend<T, DIM, QUERIES, LANES, dots>(call, at);                                                              \
+        attend<T, DIM, QUERIES, LANES, dots, score_##NAME<DIM>>(call, at);                                           \
     }                                                                                                                \
     template <typename T, int DIM, int QUERIES>                                                                      \
     TARGET __attribute__((noinline)) void packed_##NAME(const Call &call, Range at) {                                \

@@ -130,6 +130,25 @@ struct Simd {
         if constexpr (Distance > 1) halve<Distance / 2>(v);
     }
 
+    // Lane i of v[t] becomes lane t of v[i].
+    template <int Distance = L / 2>
+    static STRETTO_INLINE void turn(Vector (&v)[L]) {
+        Integers near, far;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < L; lane++) {
+            near[lane] = lane & Distance ? L + lane - Distance : lane;
+            far[lane] = lane & Distance ? L + lane : lane + Distance;
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < L; t++) {
+            if (t & Distance) continue;
+            const Vector a = v[t], b = v[t + Distance];
+            v[t] = __builtin_shuffle(a, b, near);
+            v[t + Distance] = __builtin_shuffle(a, b, far);
+        }
+        if constexpr (Distance > 1) turn<Distance / 2>(v);
+    }
+
     static STRETTO_INLINE float sum(Vector v) { return fold<L / 2>(v, [](Vector a, Vector b) STRETTO_INLINED { return a + b; })[0]; }
     static STRETTO_INLINE float largest(Vector v) {
         return fold<L / 2>(v, [](Vector a, Vector b) STRETTO_INLINED { return a > b ? a : b; })[0];
