@@ -271,7 +271,7 @@ struct Range {
 };
 
 // Blocks of positions are read once for all rows, while each row's sums are what they would be alone: to the last bit.
-template <typename T, int DIM, int QUERIES, int LANES, bool DOTS, auto SCORE>
+template <typename T, int DIM, int QUERIES, int LANES, bool DOTS, typename LEVEL>
 STRETTO_INLINE void attend(const Call &call, Range of) {
     using S = Simd<LANES>;
     Turned<DIM, LANES> turned;
@@ -303,12 +303,12 @@ STRETTO_INLINE void attend(const Call &call, Range of) {
             }
             continue;
         }
-        turned.turn(keys, count);
+        LEVEL::turn(turned, keys, count);
         for (int64_t r = 0; r < of.count; r++) {
             const int seen = left(r);
             if (seen <= 0) continue;
             for (int g = 0; g < QUERIES; g++) {
-                SCORE(reinterpret_cast<const float *>(queries[r].q[g]), turned, mix[r].score[g]);
+                LEVEL::score(turned, reinterpret_cast<const float *>(queries[r].q[g]), mix[r].score[g]);
                 for (int i = seen; i < kBlock; i++) mix[r].score[g][i] = mix[r].score[g][seen - 1];
             }
             mix[r].weigh(seen);
@@ -424,14 +424,20 @@ STRETTO_INLINE void attend_packed(const Call &call, int64_t row, int64_t head, i
 // One function for each level, type, width and number of queries: all of them in one would take minutes to compile.
 
 #define STRETTO_ATTEND(NAME, TARGET, LANES, DOTS)                                                                    \
-    template <int DIM>                                                                                               \
-    TARGET __attribute__((noinline)) void score_##NAME(const float *query, const Turned<DIM, LANES> &keys, float *to) { \
-        keys.score(query, to);                                                                                       \
-    }                                                                                                                \
+    struct Turning_##NAME {                                                                                          \
+        template <int DIM>                                                                                           \
+        TARGET __attribute__((noinline)) static void score(const Turned<DIM, LANES> &keys, const float *query, float *to) { \
+            keys.score(query, to);                                                                                   \
+        }                                                                                                            \
+        template <typename T, int DIM>                                                                               \
+        TARGET __attribute__((noinline)) static void turn(Turned<DIM, LANES> &keys, const T *const *from, int count) { \
+            keys.turn(from, count);                                                                                  \
+        }                                                                                                            \
+    };                                                                                                               \
     template <typename T, int DIM, int QUERIES>                                                                      \
     TARGET __attribute__((noinline)) void plain_##NAME(const Call &call, Range at) {                                 \
         constexpr bool dots = DOTS && sizeof(T) == 2 && DIM % 32 == 0;                                               \
-        attend<T, DIM, QUERIES, LANES, dots, score_##NAME<DIM>>(call, at);                                           \
+        attend<T, DIM, QUERIES, LANES, dots, Turning_##NAME>(call, at);                                              \
     }                                                                                                                \
     template <typename T, int DIM, int QUERIES>                                                                      \
     TARGET __attribute__((noinline)) void packed_##NAME(const Call &call, Range at) {                                \
