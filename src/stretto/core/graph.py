@@ -252,7 +252,7 @@ class Graph:
     async def _attempt(self, node: int, terms: Terms) -> None:
         """One attempt of one node, from its span's start to its finish."""
         clock, outcomes = self.clock, self.outcomes
-        recorder = self._recorder
+        recorder = self._recorder if terms.kind else None
         lane = self._take_lane(terms.kind) if recorder is not None else 0
         start = clock.now
         cost: float | None = None

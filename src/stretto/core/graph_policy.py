@@ -27,7 +27,9 @@ class Terms:
     """Under which terms a node runs; one value serves any number of nodes.
 
     Attributes:
-        kind: what kind of work it is: the name of its spans, and of the limit it counts against.
+        kind: what kind of work it is: the name of its spans, and of a limit that it counts against; "" for bookkeeping,
+            which leaves no span.
+        pool: another limit that it counts against, shared by kinds.
         timeout_s: an attempt that takes longer is cancelled; None: no limit.
         attempts: how often it is tried at most.
         backoff_s: the pause before the second attempt, doubled before each further one.
@@ -40,6 +42,7 @@ class Terms:
     """
 
     kind: str = "node"
+    pool: str = ""
     timeout_s: float | None = None
     attempts: int = 1
     backoff_s: float = 0.1
@@ -86,7 +89,7 @@ class GraphPolicy:
     """The state of one graph. Each method is an event; `take` gives what follows.
 
     Args:
-        limits: most nodes of a kind that run at once; a kind that is not named has no limit.
+        limits: most nodes of a kind or a pool that run at once; what is not named has no limit.
         budget: the most that may be spent; None: no limit.
         seed: of the pauses between attempts.
     """
@@ -240,15 +243,17 @@ class GraphPolicy:
         if self._stopped:
             self._fail(node, "cancelled", -1)
             return
-        free = self._free.get(terms.kind)
-        if free == 0:
-            self._state[node] = _QUEUED
-            self._queues[terms.kind].append(node)
-            return
+        free = self._free
+        for name in (terms.kind, terms.pool):
+            if free.get(name) == 0:
+                self._state[node] = _QUEUED
+                self._queues[name].append(node)
+                return
         if terms.bound and not self._reserve(node, terms):
             return
-        if free is not None:
-            self._free[terms.kind] = free - 1
+        for name in (terms.kind, terms.pool):
+            if name in free:
+                free[name] -= 1
         self._state[node] = _RUNNING
         self.attempt[node] += 1
         self._next.start.append(node)
@@ -274,16 +279,17 @@ class GraphPolicy:
             self.budget.settle(bound, bound if cost is None else units(cost))
 
     def _leave(self, node: int) -> None:
-        """The attempt of `node` is over: its slot goes to the next of its kind."""
-        kind = self.terms[node].kind
-        if kind not in self._free:
-            return
-        self._free[kind] += 1
-        queue = self._queues[kind]
-        while queue and self._free[kind]:
-            candidate = queue.popleft()
-            if self._state[candidate] == _QUEUED:
-                self._ready(candidate)
+        """The attempt of `node` is over: its slots go to the next who wait for them."""
+        free, terms = self._free, self.terms[node]
+        names = [name for name in (terms.kind, terms.pool) if name in free]
+        for name in names:
+            free[name] += 1
+        for name in names:
+            queue = self._queues[name]
+            while queue and free[name]:
+                candidate = queue.popleft()
+                if self._state[candidate] == _QUEUED:
+                    self._ready(candidate)
 
     def _fail(self, node: int, why: Why, cause: int) -> None:
         self._state[node] = _FAILED
