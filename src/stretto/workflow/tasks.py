@@ -129,8 +129,10 @@ def _refuse(task: PlannedTask) -> Any:
 
 
 def _name(tool: Tool, args: list[Any], kwargs: dict[str, Any]) -> str | None:
-    """Tool and arguments as text; None where arguments are no plain values."""
+    """Tool and arguments as text, by position or by name alike; None where arguments are no plain values."""
+    names = [parameter.name for parameter in tool.parameters if not parameter.many]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
     try:
-        return f"{tool.name}{json.dumps([args, kwargs], sort_keys=True)}"
+        return f"{tool.name}{json.dumps([named, args[len(names) :]], sort_keys=True)}"
     except (TypeError, ValueError, RecursionError):
         return None
