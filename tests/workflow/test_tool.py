@@ -55,6 +55,7 @@ def test_names_descriptions_and_signatures_come_from_the_function() -> None:
     assert square.signature == "square(x: int, note: str = 'none') -> int"
     assert look.signature == (
         "look_up(query: str, most: int | None = None, kind: Literal['web', 'news'] = 'web', *more: float)"
+        " -> dict[str, Any]"
     )
     assert (look.terms.kind, look.terms.bound, look.terms.pool) == ("look_up", 0.5, "tools")
 
