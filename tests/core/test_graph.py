@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from stretto.core.budget import Budget, units
 from stretto.core.clock import Clock, RealClock, VirtualClock, simulate_async
 from stretto.core.errors import FieldError
+from stretto.core.eventlog import EventLog
 from stretto.core.graph import Failure, Graph, Paid, PaidError, Terms, on_executor
 from stretto.core.record import Recorder
 from stretto.core.virtual_loop import Deadlock
@@ -245,6 +246,32 @@ def test_cancelling_the_run_cancels_and_awaits_every_node() -> None:
         return cleaned, graph.live
 
     assert both_clocks(main) == [(8, 0)] * 2
+
+
+def test_a_cancelled_run_starts_nothing_more() -> None:
+    async def main(clock: VirtualClock) -> list[str]:
+        begun: list[str] = []
+
+        def call(name: str) -> Any:
+            async def run(*_: Any) -> None:
+                begun.append(name)
+                await clock.sleep(1.0)
+
+            return run
+
+        events, last = EventLog(), list[int]()
+        graph = Graph(clock, events=events)
+        for name in "abcd":
+            last = [graph.add(call(name), after=last, terms=Terms(on_error="feed"))]
+        running = asyncio.create_task(graph.run())
+        await clock.sleep(0.5)
+        graph.cancel()
+        await running
+        starts = [node for entry in events for node in entry.decision["start"]]
+        assert starts == [0]
+        return begun
+
+    assert simulate_async(main) == ["a"]
 
 
 def test_money_that_comes_back_is_spent_again() -> None:

@@ -56,7 +56,7 @@ MUTANTS = {
             "those after a skipped node wait for ever",
             "core/graph_policy.py",
             "self._next.ended.append((node, why, cause))\n        if self._dependents[node] is not None:",
-            'self._next.ended.append((node, why, cause))\n        if why != "skipped" and self._dependents[node] is not None:',
+            "self._next.ended.append((node, why, cause))\n        if cause < 0 and self._dependents[node] is not None:",
         ),
         Mutant(
             "a keyed call is charged for each attempt",
@@ -85,8 +85,8 @@ MUTANTS = {
         Mutant(
             "a cancelled run starts what waited",
             "core/graph_policy.py",
-            "if self._stopped:",
-            "if False:",
+            "for node in reversed(range(len(self._state))):",
+            "for node in range(len(self._state)):",
         ),
         Mutant("spans share a lane", "core/graph.py", "return heappop(lanes.free)", "return lanes.free[0]"),
     ],
@@ -147,8 +147,8 @@ MUTANTS = {
         Mutant(
             "a line may be endless",
             "workflow/parse.py",
-            "if piece and self._length <= MOST_LINE_CHARACTERS:",
-            "if piece:",
+            "kept = piece[: MOST_LINE_CHARACTERS + 1 - self._length]",
+            "kept = piece",
         ),
         Mutant(
             "depth is not counted",
@@ -195,10 +195,10 @@ MUTANTS = {
         ),
         Mutant("arguments are not checked", "workflow/tool.py", "if not accepts(annotation, found):", "if False:"),
         Mutant(
-            "a result is filled in twice",
+            "a result loses its dollars",
             "workflow/literals.py",
             "        return results[value.task]",
-            '        return results[value.task].replace("$", "") if isinstance(results[value.task], str) else results[value.task]',
+            '        found = results[value.task]\n        return found.strip("$") if isinstance(found, str) else found',
         ),
         Mutant(
             "results stand raw in prompts",

@@ -536,6 +536,29 @@ def test_a_run_goes_on_from_its_log_whatever_was_finished(tmp_path: Path) -> Non
         assert len(rest) == len(everything) - (kept - 1)
 
 
+def test_calls_are_told_apart_in_the_log_by_what_they_are_given(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    @wf.tool
+    async def look(what: str) -> str:
+        """Look."""
+        made.append(what)
+        return f"{what} seen"
+
+    plan = wf.parse_plan(
+        '1. look("a")\n2. look("b")\n3. look($1)\n4. look("$2")\n5. look(what="c")\n6. join()', ["look"]
+    )
+
+    async def main(clock: VirtualClock) -> list[Any]:
+        with wf.DurableLog(tmp_path / "log", beat_s=None) as log:
+            return [one.outcome for one in await wf.execute(plan, [look], clock=clock, log=log)]
+
+    whole = simulate_async(main)
+    assert whole == ["a seen", "b seen", "a seen seen", "b seen seen", "c seen"]
+    assert simulate_async(main) == whole
+    assert len(made) == 5
+
+
 def test_settings_are_checked_where_they_are_given() -> None:
     planner = wf.Scripted()
     for wrong in ({"max_rounds": 0}, {"max_parallel": 0}, {"deadline_s": 0.0}, {"tools": [len]}):

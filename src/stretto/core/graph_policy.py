@@ -111,7 +111,7 @@ class GraphPolicy:
         self._poor: list[tuple[int, int]] = []
         self._spread: list[int] = []
         self._doomed: set[int] = set()
-        self._closed = self._stopped = False
+        self._closed = False
         self._next = Decision([], [], [], [], False)
 
     # Events.
@@ -202,8 +202,8 @@ class GraphPolicy:
             self._propagate()
 
     def cancel_all(self) -> None:
-        """End every node; no more can be added, and none starts."""
-        self._closed = self._stopped = True
+        """End every node, those that wait for others first, so that none starts; no more can be added."""
+        self._closed = True
         for node in reversed(range(len(self._state))):
             self.cancel(node)
 
@@ -240,9 +240,6 @@ class GraphPolicy:
     def _ready(self, node: int) -> None:
         """All before `node` has ended: start it if it gets a slot and money."""
         terms = self.terms[node]
-        if self._stopped:
-            self._fail(node, "cancelled", -1)
-            return
         free = self._free
         for name in (terms.kind, terms.pool):
             if free.get(name) == 0:

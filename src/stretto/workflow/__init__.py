@@ -14,14 +14,20 @@ from __future__ import annotations
 from stretto.core.durable import DurableLog
 from stretto.core.graph import Failure, Graph, Paid, PaidError, Terms, on_executor
 from stretto.workflow.compiler import Answer, Compiler, execute
+from stretto.workflow.domain import WorkflowDomain
+from stretto.workflow.job import Source, Step, WorkflowJob
 from stretto.workflow.joiner import Verdict, last_result, parse_verdict
 from stretto.workflow.llm import Endpoint, EndpointError, llm
 from stretto.workflow.model import Called, Executed, Model, Prompt, Round, Scripted, Usage
 from stretto.workflow.parse import ParsedPlan, PlannedTask, PlanParser, parse_plan
 from stretto.workflow.prompts import plan_grammar
 from stretto.workflow.react import ReAct
+from stretto.workflow.run import run
 from stretto.workflow.simulated import CallRow, Line, SimulatedModel, simulated_tool
+from stretto.workflow.steps import Outcome
 from stretto.workflow.tool import Tool, tool
+
+domain = WorkflowDomain()
 
 __all__ = [
     "Answer",
@@ -36,6 +42,7 @@ __all__ = [
     "Graph",
     "Line",
     "Model",
+    "Outcome",
     "Paid",
     "PaidError",
     "ParsedPlan",
@@ -46,10 +53,14 @@ __all__ = [
     "Round",
     "Scripted",
     "SimulatedModel",
+    "Source",
+    "Step",
     "Terms",
     "Tool",
     "Usage",
     "Verdict",
+    "WorkflowJob",
+    "domain",
     "execute",
     "last_result",
     "llm",
@@ -57,6 +68,7 @@ __all__ = [
     "parse_plan",
     "parse_verdict",
     "plan_grammar",
+    "run",
     "simulated_tool",
     "tool",
 ]
