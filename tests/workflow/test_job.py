@@ -149,9 +149,8 @@ def test_calls_that_cannot_be_made_are_told_before_anything_runs(step: dict[str,
 
 
 def test_sources_are_scripts_or_endpoints_and_their_tokens_are_paid() -> None:
-    source = wf.Source(
-        script="forty characters or so, ten tokens long.", first_token_s=0.01, token_s=0.001, output_price=1e6
-    )
+    script = "forty characters or so, ten tokens long."
+    source = wf.Source(script=script, first_token_s=0.01, token_s=0.001, output_price=1e6)
     step = wf.Step(name="q", tool="ask", args={"source": "s", "prompt": "?"})
     job = wf.WorkflowJob(steps=(step,), sources={"s": source}, budget=300.0)
     outcome = wf.run(job)

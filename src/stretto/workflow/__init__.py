@@ -18,6 +18,7 @@ from stretto.workflow.domain import WorkflowDomain
 from stretto.workflow.job import Source, Step, WorkflowJob
 from stretto.workflow.joiner import Verdict, last_result, parse_verdict
 from stretto.workflow.llm import Endpoint, EndpointError, llm
+from stretto.workflow.mcp import mcp_server, mcp_tools
 from stretto.workflow.model import Called, Executed, Model, Prompt, Round, Scripted, Usage
 from stretto.workflow.parse import ParsedPlan, PlannedTask, PlanParser, parse_plan
 from stretto.workflow.prompts import plan_grammar
@@ -64,6 +65,8 @@ __all__ = [
     "execute",
     "last_result",
     "llm",
+    "mcp_server",
+    "mcp_tools",
     "on_executor",
     "parse_plan",
     "parse_verdict",

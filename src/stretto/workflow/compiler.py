@@ -42,6 +42,7 @@ class Answer:
         rounds: plans with the results of their calls; the last one may be cut short.
         usage: calls, tokens and money by part: "plan", "join" and each tool.
         spent: money in all, in units of the budget.
+        overrun: what endpoints or tools charged beyond their bounds; no budget can stop that.
         trace: a span for each plan, call and verdict, by lanes of their kinds.
     """
 
@@ -50,6 +51,7 @@ class Answer:
     rounds: tuple[Round, ...]
     usage: dict[str, Usage]
     spent: float
+    overrun: float = 0.0
     trace: Trace
 
     def __str__(self) -> str:
@@ -169,6 +171,7 @@ class _Run:
             rounds=tuple(self._rounds),
             usage=self._usage,
             spent=self._graph.spent,
+            overrun=self._graph.overrun,
             trace=self._recorder.trace(),
         )
 

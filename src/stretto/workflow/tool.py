@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -249,13 +250,13 @@ def _annotation_text(annotation: Any) -> str:
 def _by_name(function: Callable[..., Any]) -> tuple[str, str, Callable[..., Any] | None]:
     """How a worker finds the function: by module and name, under which the tool stands; itself where there is none."""
     module, name = function.__module__, function.__qualname__
-    found = _lookup(module, name)
+    found = _lookup(module, name) if module in sys.modules else None
     named = found is function or (isinstance(found, Tool) and found.function is function)
     return module, name, None if named else function
 
 
 def _lookup(module: str, name: str) -> Any:
-    found: Any = importlib.import_module(module)
+    found: Any = sys.modules.get(module) or importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
