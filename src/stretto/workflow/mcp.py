@@ -53,7 +53,7 @@ async def mcp_tools(server: Any, **options: Any) -> AsyncIterator[list[Tool]]:
 def mcp_server(
     compiler: Compiler, *, name: str = "stretto", description: str = "Answers a question."
 ) -> MCPServer[Any]:
-    """An MCP server with one tool, `answer(question)`; run it with its own `run("stdio")` or `run("streamable-http")`."""
+    """An MCP server with one tool, `answer(question)`; its own `run("stdio")` or `run("streamable-http")` serves."""
     _sdk()
     from mcp.server import MCPServer
     from mcp.server.mcpserver.exceptions import ToolError
