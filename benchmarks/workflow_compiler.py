@@ -42,8 +42,8 @@ GOAL_TOKENS, GOAL_STREAM, GOAL_CHAIN_S, GOAL_SILENT, GOAL_PROCESSES = 4.0, 1.25,
 
 
 @wf.tool
-async def search(title: str, *sources: str) -> str:
-    """Search an encyclopaedia for a title, beside what other calls found."""
+async def search(title: str) -> str:
+    """Search an encyclopaedia for a title."""
     await asyncio.sleep(seconds_of(title))
     return f"{title}: ".ljust(RESULT_CHARACTERS, "x")
 

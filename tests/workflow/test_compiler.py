@@ -275,7 +275,7 @@ def test_a_failure_is_an_observation_and_others_finish(on_error: str) -> None:
     assert first[0] == "raised: ValueError: it's broken"
     assert first[2] == "used fine"
     assert first[3] == "timeout: took more than 0.5 s"
-    assert first[5] == "raised: PaidError: there is no tool nosuch; there is broken, endless, use"
+    assert first[5] == "raised: there is no tool nosuch; there is broken, endless, use"
     assert "takes 1 arguments, 2 are given" in first[7]
     if on_error == "skip":
         assert first[1] == "skipped: node 2 failed"

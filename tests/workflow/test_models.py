@@ -221,10 +221,32 @@ def test_the_grammar_of_plans_gives_plans_that_parse() -> None:
         """Add."""
         return x + y
 
-    grammar = wf.plan_grammar({"search": search, "add": add})
+    @wf.tool
+    async def join_up(*parts: str) -> str:
+        """Join."""
+        return "".join(parts)
+
+    tools = {one.name: one for one in (search, add, join_up)}
+    grammar = wf.plan_grammar(tools, most_calls=3)
     assert llguidance.LLMatcher.validate_grammar(llguidance.grammar_from("lark", grammar)) == ""
-    plan = '1. search("a")\n2. add(1, $1)\n3. join()\n<END_OF_PLAN>'
-    assert wf.parse_plan(plan, ["search", "add"]).notes == ()
+    tokenizer = llguidance.LLTokenizer("byte")
+
+    def accepted(plan: str) -> bool:
+        matcher = llguidance.LLMatcher(tokenizer, llguidance.grammar_from("lark", grammar))
+        return bool(matcher.consume_tokens(list(plan.encode()))) and matcher.is_accepting()
+
+    good = '1. search("a b")\n2. add(1, $1)\n3. join_up("x", $1, $2)\n4. join()\n<END_OF_PLAN>'
+    assert wf.parse_plan(good, tools).notes == ()
+    assert accepted(good)
+    for wrong in (
+        "1. search(3)\n2. join()\n<END_OF_PLAN>",
+        "1. search($1)\n2. join()\n<END_OF_PLAN>",
+        '2. search("a")\n3. join()\n<END_OF_PLAN>',
+        '1. nosuch("a")\n2. join()\n<END_OF_PLAN>',
+        "1. add(1)\n2. join()\n<END_OF_PLAN>",
+        "1. join()\n<END_OF_PLAN>",
+    ):
+        assert not accepted(wrong), wrong
 
 
 def test_simulated_tools_draw_whole_rows_from_their_seed() -> None:

@@ -387,7 +387,8 @@ _REPLAYED = {"skip": Terms(kind="from the log"), "feed": Terms(kind="from the lo
 
 def _told(problem: BaseException) -> str:
     """An exception on one line, at most 500 characters."""
-    text = " ".join(f"{type(problem).__name__}: {problem}".split())
+    name = "" if isinstance(problem, PaidError) else f"{type(problem).__name__}: "
+    text = " ".join(f"{name}{problem}".split())
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."
 
 

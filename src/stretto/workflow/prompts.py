@@ -116,20 +116,40 @@ def _messages(system: str, user: str) -> tuple[Message, ...]:
 def plan_grammar(tools: Mapping[str, Tool], most_calls: int = 8) -> str:
     """A context-free grammar of plans over `tools` (Lark's syntax), for servers that bind what a model writes.
 
-    Whatever a model knows, what it then writes is calls of these tools with as many literals as they take; whether
-    they refer to calls above is left to the parser.
+    Whatever a model knows, what it then writes is a plan without a mistake: numbers rise from 1, calls get the literals
+    they take, and refer to calls above. Whether it is a good plan is another matter.
     """
-    calls = []
-    for one in tools.values():
-        arguments = ' ", " '.join("value" for p in one.parameters if p.required)
-        calls.append(f'"{one.name}(" {arguments} ")"')
-    return "\n".join(
-        [
-            f'start: (NUMBER ". " call "\\n")~1..{most_calls} NUMBER ". {JOIN}()\\n{END_OF_PLAN}"',
-            f"call: {' | '.join(calls)}",
-            "value: STRING | NUMBER | REFERENCE",
-            r'STRING: "\"" /[^"\\\n]{1,120}/ "\""',
-            "NUMBER: /[1-9][0-9]{0,3}/",
-            'REFERENCE: "$" /[1-9][0-9]?/',
-        ]
-    )
+    rules = ["start: line1"]
+    for number in range(1, most_calls + 2):
+        end = f'"{JOIN}()\\n{END_OF_PLAN}"'
+        if number > most_calls:
+            rules.append(f'line{number}: "{number}. " {end}')
+            continue
+        calls = " | ".join(_call_rule(one, number) for one in tools.values())
+        more = f'call{number} "\\n" line{number + 1}'
+        rules.append(f'line{number}: "{number}. " ({more if number == 1 else f"{more} | {end}"})')
+        rules.append(f"call{number}: {calls}")
+        above = " | ".join(f'"${before}"' for before in range(1, number))
+        for kind in ("STRING", "WHOLE", "NUMBER", "TRUTH", "ANY"):
+            name = kind.lower()
+            literal = "STRING | NUMBER" if kind == "ANY" else kind
+            rules.append(f"{name}{number}: {literal}{f' | {above}' if above else ''}")
+    return "\n".join([*rules, *_LITERALS])
+
+
+_LITERALS = (
+    r'STRING: "\"" /[^"\\\n$]{1,60}/ "\""',
+    "WHOLE: /-?(0|[1-9][0-9]{0,8})/",
+    r"NUMBER: /-?(0|[1-9][0-9]{0,8})(\.[0-9]{1,6})?/",
+    'TRUTH: "True" | "False"',
+)
+_RULES = {str: "string", int: "whole", float: "number", bool: "truth"}
+
+
+def _call_rule(one: Tool, number: int) -> str:
+    """A call with what it must be given; a parameter that takes many gets one to four."""
+    values = [f"{_RULES.get(p.annotation, 'any')}{number}" for p in one.parameters if p.required or p.many]
+    if one.parameters and one.parameters[-1].many and values:
+        values[-1] = f'{values[-1]} (", " {values[-1]})~0..3'
+    arguments = ' ", " '.join(values)
+    return f'"{one.name}(" {arguments} ")"' if arguments else f'"{one.name}()"'
