@@ -411,6 +411,26 @@ def test_equal_calls_of_one_plan_are_made_once_unless_the_tool_is_not_pure() -> 
     assert simulate_async(main) == [1, 1, 1, 1, 2]
 
 
+def test_a_call_that_failed_is_made_again_by_the_next_that_asks() -> None:
+    calls = 0
+
+    @wf.tool
+    async def flaky(x: int) -> int:
+        """Fails the first time."""
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(0.001)
+        if calls == 1:
+            raise OSError("busy")
+        return calls
+
+    async def main(clock: VirtualClock) -> list[str]:
+        done, _ = await executed(clock, "1. flaky(1)\n2. flaky(1)\n3. flaky(1)\n4. join()", [flaky])
+        return [str(one.outcome) for one in done]
+
+    assert simulate_async(main) == ["raised: OSError: busy", "2", "2"]
+
+
 # 8: isolation and cancellation.
 
 

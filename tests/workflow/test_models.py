@@ -85,6 +85,10 @@ def test_a_compiler_runs_over_http_and_its_bounds_hold() -> None:
         (b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\ndata: {"error": "full"}\n\n', "the endpoint failed: full"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\ndata: {}\n\n", "RemoteProtocolError"),
         (b"", "RemoteProtocolError"),
+        (
+            b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"x" * (2**20 + 1),
+            "a line has more than 1048576 characters",
+        ),
     ],
 )
 def test_an_endpoint_that_misbehaves_is_an_error_that_says_so(answer: bytes, said: str) -> None:
@@ -175,6 +179,19 @@ def test_called_models_give_text_awaitables_or_pieces() -> None:
         return [await written(model, wf.Usage()) for model in models]
 
     assert asyncio.run(main()) == ["now", "later", "abc"]
+
+
+def test_a_model_that_never_stops_is_cut() -> None:
+    async def endless() -> AsyncIterator[str]:
+        while True:
+            yield "x" * 10_000
+
+    verdicts = wf.Called(lambda prompt: endless())
+    answer = wf.Compiler(planner=wf.Scripted(plans=["1. join()"]), tools=[search], joiner=verdicts).run("?")
+    assert answer.text is not None
+    assert len(answer.text) == 1_010_000
+    plans = wf.Compiler(planner=verdicts, tools=[search], joiner=lambda prompt: "judged").run("?")
+    assert plans.text == "judged"
 
 
 def test_a_script_that_is_too_short_says_so() -> None:

@@ -137,9 +137,9 @@ class Graph:
             key = key if key is not None else str(len(self._keys))
             if key in log.finished:
                 terms = _REPLAYED[terms.on_error]
+        node = self._policy.add(after, terms)
         if self._events is not None:
             self._events.saw({"type": "add", "after": list(after), "terms": terms_json(terms)})
-        node = self._policy.add(after, terms)
         self.outcomes.append(None)
         self._calls.append(call)
         self._after.append(after)

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 from stretto.core.clock import Clock
 from stretto.workflow.literals import text_of
-from stretto.workflow.model import Model, Prompt, Usage
+from stretto.workflow.model import Model, Prompt, Usage, written
 from stretto.workflow.parse import END_OF_PLAN
-
-MOST_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +62,7 @@ def _inside(text: str) -> str:
 async def ask(joiner: Joiner, prompt: Prompt, clock: Clock, usage: Usage) -> Verdict:
     """The verdict of a joiner; in the last round it is an answer, whatever it says."""
     if isinstance(joiner, Model):
-        text = ""
-        async for piece in joiner.stream(prompt, clock, usage):
-            text += piece
-            if len(text) > MOST_CHARACTERS:
-                break
-        verdict = parse_verdict(text)
+        verdict = parse_verdict(await written(joiner, prompt, clock, usage))
     else:
         usage.calls += 1
         said = joiner(prompt)

@@ -15,7 +15,7 @@ from stretto.workflow.parse import END_OF_PLAN
 if TYPE_CHECKING:
     import httpx
 
-MOST_EVENT_CHARACTERS = 2**20
+MOST_LINE_CHARACTERS = 2**18
 _STOPS = {"plan": [END_OF_PLAN], "step": ["\nObservation:"]}
 
 
@@ -122,14 +122,12 @@ def _httpx() -> Any:
 
 async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
     """The JSON objects of a stream of server-sent events."""
-    async for line in response.aiter_lines():
+    async for line in _lines(response):
         if not line.startswith("data:"):
             continue
         data = line[5:].strip()
         if data == "[DONE]":
             return
-        if len(data) > MOST_EVENT_CHARACTERS:
-            raise EndpointError(f"an event has more than {MOST_EVENT_CHARACTERS} characters")
         try:
             event = json.loads(data)
         except ValueError:
@@ -139,6 +137,18 @@ async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], No
         if "error" in event:
             raise EndpointError(f"the endpoint failed: {str(event['error'])[:500]}")
         yield event
+
+
+async def _lines(response: httpx.Response) -> AsyncGenerator[str, None]:
+    """The lines of an answer, each of bounded length."""
+    held = ""
+    async for text in response.aiter_text():
+        *whole, held = (held + text).split("\n")
+        for line in whole:
+            yield line
+        if len(held) > MOST_LINE_CHARACTERS:
+            raise EndpointError(f"a line has more than {MOST_LINE_CHARACTERS} characters")
+    yield held
 
 
 def _piece(event: dict[str, Any]) -> str:

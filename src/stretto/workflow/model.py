@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from stretto.core.errors import UserError
 from stretto.core.graph import Failure
 from stretto.workflow.parse import Note, PlannedTask
 
+MOST_CHARACTERS = 1_000_000
 Part = Literal["plan", "join", "step"]
 
 
@@ -89,6 +91,18 @@ class Model(ABC):
     def bound(self, prompt: Prompt) -> float:
         """The most that the answer can cost."""
         return 0.0
+
+
+async def written(model: Model, prompt: Prompt, clock: Clock, usage: Usage) -> str:
+    """All that a model writes, up to a million characters."""
+    pieces, length = list[str](), 0
+    async with aclosing(model.stream(prompt, clock, usage)) as stream:
+        async for piece in stream:
+            pieces.append(piece)
+            length += len(piece)
+            if length > MOST_CHARACTERS:
+                break
+    return "".join(pieces)
 
 
 def tokens_in(messages: Sequence[Message]) -> int:

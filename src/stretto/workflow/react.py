@@ -15,7 +15,7 @@ from stretto.core.trace import Key
 from stretto.workflow import prompts
 from stretto.workflow.compiler import Answer
 from stretto.workflow.joiner import parse_verdict
-from stretto.workflow.model import Model, Round, Usage
+from stretto.workflow.model import Model, Round, Usage, written
 from stretto.workflow.parse import PlannedTask, parse_plan
 from stretto.workflow.tasks import Tasks
 from stretto.workflow.tool import Tool, tools_by_name
@@ -55,9 +55,8 @@ class ReAct:
         spent, text = 0.0, None
         while text is None and len(steps) < self.max_steps:
             prompt = prompts.step_prompt(self.by_name, question, steps)
-            start, said = clock.now, ""
-            async for piece in self.model.stream(prompt, clock, usage["step"]):
-                said += piece
+            start = clock.now
+            said = await written(self.model, prompt, clock, usage["step"])
             recorder.span("step 0", start, clock.now, Key("step", len(steps)))
             call = _CALL.search(said)
             if call is None:

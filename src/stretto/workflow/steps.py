@@ -15,7 +15,7 @@ from stretto.core.trace import Trace
 from stretto.workflow.job import Source, Step, WorkflowJob, filled
 from stretto.workflow.literals import text_of
 from stretto.workflow.llm import Endpoint
-from stretto.workflow.model import Message, Model, Prompt, Usage
+from stretto.workflow.model import Message, Model, Prompt, Usage, written
 from stretto.workflow.simulated import Line, SimulatedModel
 from stretto.workflow.tool import Tool, tool, tools_by_name
 
@@ -159,13 +159,12 @@ class Steps:
 
     async def _ask(self, step: Step, args: Mapping[str, Any]) -> Paid:
         model = model_of(self._job.sources[str(args["source"])], simulated=self._clock.is_virtual)
-        usage, pieces = Usage(), list[str]()
+        usage = Usage()
         try:
-            async for piece in model.stream(prompt_of(text_of(args["prompt"])), self._clock, usage):
-                pieces.append(piece)
+            answer = await written(model, prompt_of(text_of(args["prompt"])), self._clock, usage)
         finally:
             self._usage[step.name].add(usage)
-        return Paid("".join(pieces).strip(), usage.cost)
+        return Paid(answer.strip(), usage.cost)
 
 
 def prompt_of(text: str) -> Prompt:
