@@ -349,6 +349,44 @@ def test_failures_cost_what_they_say_or_their_bound() -> None:
     assert simulate_async(main) == 2.25
 
 
+@pytest.mark.parametrize("cost", [-1.0, float("nan"), float("inf")])
+def test_a_cost_that_is_none_is_a_failure_and_costs_the_bound(cost: float) -> None:
+    async def main(clock: VirtualClock) -> tuple[list[str], float]:
+        graph = Graph(clock, budget=10.0)
+
+        async def odd() -> Paid:
+            return Paid("x", cost)
+
+        async def odder() -> None:
+            raise PaidError("no", cost)
+
+        for call in (odd, odder):
+            graph.add(call, terms=Terms(bound=1.0))
+        graph.close()
+        return [outcome.why for outcome in await graph.run()], graph.spent
+
+    assert simulate_async(main) == (["raised", "raised"], 2.0)
+
+
+@pytest.mark.parametrize("when", ["skipped", "paused"])
+def test_a_watcher_that_fails_late_ends_the_run_too(when: str) -> None:
+    async def main(clock: VirtualClock) -> None:
+        def watch(node: int, outcome: Any) -> None:
+            if node == 1:
+                raise RuntimeError("the watcher is broken")
+
+        async def fails() -> None:
+            raise OSError
+
+        graph = Graph(clock, watch=watch, budget=1.0)
+        graph.add(fails, terms=Terms(attempts=2, bound=1.0, keyed=when == "paused"))
+        graph.add(sleeper(clock, 0), after=[0] if when == "skipped" else [], terms=Terms(bound=0.5))
+        await graph.run()
+
+    with pytest.raises(RuntimeError, match="the watcher is broken"):
+        simulate_async(main)
+
+
 def test_a_backend_that_breaks_its_bound_is_told_and_the_budget_stays() -> None:
     async def main(clock: VirtualClock) -> tuple[float, float]:
         graph = Graph(clock, budget=1.0)

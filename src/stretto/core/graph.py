@@ -20,9 +20,10 @@ from heapq import heappop, heappush
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from stretto.core.budget import UNITS
+from stretto.core.budget import UNITS, units
 from stretto.core.clock import Clock
 from stretto.core.durable import DurableLog, Finished
+from stretto.core.errors import UserError
 from stretto.core.eventlog import EventLog
 from stretto.core.graph_policy import PLAIN, Decision, GraphPolicy, Terms, Why, terms_json
 from stretto.core.record import Recorder
@@ -58,12 +59,16 @@ class Paid:
     value: Any
     cost: float
 
+    def __post_init__(self) -> None:
+        units(self.cost)
+
 
 class PaidError(Exception):
     """A failure that tells what it cost, and whether to try again; any other exception costs the bound."""
 
     def __init__(self, message: str, cost: float = 0.0, *, again: bool = True) -> None:
         super().__init__(message)
+        units(cost)
         self.cost = cost
         self.again = again
 
@@ -283,7 +288,7 @@ class Graph:
             self._record(recorder, node, terms.kind, lane, start)
         try:
             self._over(node, value, cost, again=again)
-        except Exception as problem:  # noqa: BLE001 - the log or the watcher failed: the run ends with that
+        except UserError as problem:
             self._break(problem)
 
     async def _timed(self, call: Call, values: list[Any], seconds: float) -> Any:
@@ -343,7 +348,10 @@ class Graph:
         self._calls[node] = None
         self._after[node] = ()
         if self._watch is not None:
-            self._watch(node, outcome)
+            try:
+                self._watch(node, outcome)
+            except Exception as problem:  # noqa: BLE001 - the run ends with it
+                self._break(problem)
 
     def _break(self, problem: Exception) -> None:
         """What the run stands on failed: `run` cancels all nodes and raises `problem`."""
