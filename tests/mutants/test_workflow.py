@@ -198,7 +198,7 @@ MUTANTS = {
             "a result loses its dollars",
             "workflow/literals.py",
             "        return results[value.task]",
-            '        found = results[value.task]\n        return found.strip("$") if isinstance(found, str) else found',
+            '        found = results[value.task]\n        return found.replace("$", "") if isinstance(found, str) else found',
         ),
         Mutant(
             "results stand raw in prompts",

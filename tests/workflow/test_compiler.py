@@ -501,6 +501,24 @@ def test_the_budget_holds_for_models_and_tools_together() -> None:
     assert len(poor) == 10 - 3
 
 
+def test_a_watcher_sees_each_task_end_once() -> None:
+    plan = '1. work("a", 1)\n2. nosuch()\n3. work("b", 1, $2)\n4. work("c", "x")\n5. work("d", 2, $1)\n6. join()'
+
+    async def main(clock: Clock, unit: float) -> list[tuple[int, str]]:
+        seen: list[tuple[int, str]] = []
+
+        async def slowly() -> Any:
+            for line in plan.splitlines(keepends=True):
+                await clock.sleep(unit / 10)
+                yield line
+
+        made = wf.Compiler(planner=wf.Called(lambda prompt: slowly()), tools=[waiting(unit)], joiner=wf.last_result)
+        await made.arun("?", clock=clock, watch=lambda task, outcome: seen.append((task.number, str(outcome)[:7])))
+        return seen
+
+    assert on_both(main) == [[(2, "raised:"), (3, "skipped"), (4, "raised:"), (1, "['a']"), (5, "['d', [")]] * 2
+
+
 def test_decisions_replay() -> None:
     events = EventLog()
     text, _ = random_plan(3)

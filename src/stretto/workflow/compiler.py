@@ -26,7 +26,7 @@ from stretto.workflow import prompts
 from stretto.workflow.joiner import Joiner, Verdict
 from stretto.workflow.model import Executed, Model, Round, Usage
 from stretto.workflow.parse import MOST_TASKS, Note, ParsedPlan, PlannedTask, PlanParser
-from stretto.workflow.tasks import TaskRound, Tasks
+from stretto.workflow.tasks import TaskRound, Tasks, Watch
 from stretto.workflow.tool import Tool, tools_by_name
 
 MOST_PLAN_CHARACTERS = 4 * 2**20
@@ -106,6 +106,7 @@ class Compiler:
         clock: Clock | None = None,
         log: DurableLog | None = None,
         events: EventLog | None = None,
+        watch: Watch | None = None,
     ) -> Answer:
         """Answer a question. Failures are told in the answer; cancelled, it cancels all that runs.
 
@@ -113,8 +114,9 @@ class Compiler:
             clock: real if left out.
             log: keeps plans, results and verdicts, so that a run that was killed goes on.
             events: where decisions go, to be replayed.
+            watch: called with each task and its outcome when it ends.
         """
-        return await _Run(self, question, clock or RealClock(), log, events).answer()
+        return await _Run(self, question, clock or RealClock(), log, events, watch).answer()
 
 
 def limits_of(tools: Sequence[Tool], max_parallel: int | None) -> dict[str, int]:
@@ -131,7 +133,13 @@ class _Run:
     """
 
     def __init__(
-        self, compiler: Compiler, question: str, clock: Clock, log: DurableLog | None, events: EventLog | None
+        self,
+        compiler: Compiler,
+        question: str,
+        clock: Clock,
+        log: DurableLog | None,
+        events: EventLog | None,
+        watch: Watch | None,
     ) -> None:
         self._compiler = compiler
         self._question = question
@@ -145,9 +153,10 @@ class _Run:
             seed=compiler.seed,
             log=log,
             events=events,
+            watch=lambda node, outcome: self._tasks.ended(node, outcome),
         )
         self._usage: dict[str, Usage] = {"plan": Usage(), "join": Usage()}
-        self._tasks = Tasks(self._graph, compiler.by_name, self._usage)
+        self._tasks = Tasks(self._graph, compiler.by_name, self._usage, watch)
         self._rounds: list[Round] = []
         self._notes: tuple[Note, ...] = ()
         self._text: str | None = None

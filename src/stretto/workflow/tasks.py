@@ -6,14 +6,16 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from stretto.core.graph import Graph, Paid, PaidError, Terms
+from stretto.core.graph import Failure, Graph, Paid, PaidError, Terms
 from stretto.workflow.literals import filled
 from stretto.workflow.model import Executed, Usage
 from stretto.workflow.parse import PlannedTask
 from stretto.workflow.tool import Tool
+
+Watch = Callable[[PlannedTask, Any], None]
 
 _REFUSED = Terms(kind="", on_error="feed")
 
@@ -25,10 +27,15 @@ class Tasks:
         graph: where they run.
         tools: by name.
         usage: calls and money by tool, filled in as calls are made.
+        watch: called with each task and its outcome when it ends.
     """
 
-    def __init__(self, graph: Graph, tools: Mapping[str, Tool], usage: dict[str, Usage]) -> None:
+    def __init__(
+        self, graph: Graph, tools: Mapping[str, Tool], usage: dict[str, Usage], watch: Watch | None = None
+    ) -> None:
         self._graph = graph
+        self._watch = watch
+        self._planned: dict[int, PlannedTask] = {}
         self._tools = tools
         self._usage = usage
         self._calls: dict[str, asyncio.Future[Any]] = {}
@@ -38,6 +45,11 @@ class Tasks:
     def next_round(self) -> TaskRound:
         self.rounds.append(TaskRound(self))
         return self.rounds[-1]
+
+    def ended(self, node: int, outcome: Any) -> None:
+        """A node of the graph has ended."""
+        if self._watch is not None and node in self._planned:
+            self._watch(self._planned[node], outcome)
 
     def add(self, task: PlannedTask, nodes: Mapping[int, int], keys: Mapping[int, str]) -> tuple[int, str]:
         """A node for `task`, after the nodes of the tasks it refers to; returns it with its name in the durable log.
@@ -49,12 +61,18 @@ class Tasks:
         key = f"{task.tool}:{hashlib.blake2b(call.encode('utf-8', 'replace'), digest_size=16).hexdigest()}"
         tool = self._tools.get(task.tool)
         if task.problem is not None or tool is None:
-            return self._graph.add(_refuse(task), terms=_REFUSED, key=f"refused {key}"), key
-        if not tool.pure:
-            self._same[key] += 1
-            key = f"{key}#{self._same[key]}"
-        after = [nodes[before] for before in task.after]
-        return self._graph.add(self._call(task, tool), after=after, terms=tool.terms, key=key), key
+            node = self._graph.add(_refuse(task), terms=_REFUSED, key=f"refused {key}")
+        else:
+            if not tool.pure:
+                self._same[key] += 1
+                key = f"{key}#{self._same[key]}"
+            after = [nodes[before] for before in task.after]
+            node = self._graph.add(self._call(task, tool), after=after, terms=tool.terms, key=key)
+        self._planned[node] = task
+        at_once = self._graph.outcomes[node]
+        if isinstance(at_once, Failure):
+            self.ended(node, at_once)
+        return node, key
 
     def _call(self, task: PlannedTask, tool: Tool) -> Any:
         async def call(*values: Any) -> Any:

@@ -79,6 +79,7 @@ class Tool:
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.name == JOIN:
             raise FieldError("name", self.name, "a Python name other than join")
+        require(0 <= self.price <= 1e9, "price", self.price, "in 0 .. 1e9")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or left out")
         terms = Terms(
             kind=self.name,
