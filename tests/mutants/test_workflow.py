@@ -195,10 +195,10 @@ MUTANTS = {
         ),
         Mutant("arguments are not checked", "workflow/tool.py", "if not accepts(annotation, found):", "if False:"),
         Mutant(
-            "a result loses its dollars",
+            "a result becomes text",
             "workflow/literals.py",
             "        return results[value.task]",
-            '        found = results[value.task]\n        return found.replace("$", "") if isinstance(found, str) else found',
+            "        return str(results[value.task])",
         ),
         Mutant(
             "results stand raw in prompts",
