@@ -2,13 +2,16 @@
 workflow_overhead.py: reads {"peer", "shape", "nodes", "rounds"} from stdin, writes {"seconds", "version"}.
 
 Each peer runs as its documents do it, in its lightest setting: no checkpointer, no verbose mode, graphs compiled
-before the clock starts. Versions from PyPI; see `make peers`.
+before the clock starts. Shape "logged" is a chain in LangGraph with its SQLite checkpointer, which writes before the
+next node starts (`durability="sync"`) and, as ours, waits for no fsync (`PRAGMA synchronous=OFF`). Versions from PyPI;
+see `make peers`.
 """
 
 import asyncio
 import json
 import operator
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from typing import Annotated, Any, TypedDict
@@ -33,7 +36,7 @@ def langgraph(shape: str, nodes: int) -> float:
         return call
 
     graph = StateGraph(State)
-    if shape == "chain":
+    if shape in ("chain", "logged"):
         for number in range(nodes):
             graph.add_node(f"n{number}", node)
             graph.add_edge(f"n{number - 1}" if number else START, f"n{number}")
@@ -52,14 +55,27 @@ def langgraph(shape: str, nodes: int) -> float:
             graph.add_edge(START, f"{name}1")
             graph.add_edge(f"{name}1", f"{name}2")
             graph.add_edge(f"{name}2", END)
-    app = graph.compile()
+    limit = {"recursion_limit": nodes + 10}
 
     async def main() -> float:
+        app = graph.compile()
         start = time.perf_counter()
-        await app.ainvoke({"seen": 0}, {"recursion_limit": nodes + 10})
+        await app.ainvoke({"seen": 0}, limit)
         return time.perf_counter() - start
 
-    return asyncio.run(main())
+    async def logged() -> float:
+        from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+
+        with tempfile.TemporaryDirectory() as folder:
+            async with AsyncSqliteSaver.from_conn_string(f"{folder}/log.db") as saver:
+                await saver.setup()
+                await saver.conn.execute("PRAGMA synchronous=OFF")
+                app = graph.compile(checkpointer=saver)
+                start = time.perf_counter()
+                await app.ainvoke({"seen": 0}, {**limit, "configurable": {"thread_id": "1"}}, durability="sync")
+                return time.perf_counter() - start
+
+    return asyncio.run(logged() if shape == "logged" else main())
 
 
 def llama_index(shape: str, nodes: int) -> float:
