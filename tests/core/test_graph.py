@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from stretto.core.budget import Budget, units
 from stretto.core.clock import Clock, RealClock, VirtualClock, simulate_async
 from stretto.core.errors import FieldError
-from stretto.core.eventlog import EventLog
+from stretto.core.eventlog import EventLog, replay
 from stretto.core.graph import Failure, Graph, Paid, PaidError, Terms, on_executor
+from stretto.core.graph_policy import GraphPolicy
 from stretto.core.record import Recorder
 from stretto.core.virtual_loop import Deadlock
 from tests.core.graphs import World
@@ -52,6 +54,18 @@ def test_the_same_seed_gives_the_same_run(seed: int) -> None:
         return outcomes, world.starts
 
     assert outcome() == outcome()
+
+
+def test_decisions_replay_from_a_file(tmp_path: Path) -> None:
+    world = World(7)
+    *_, events = simulate_async(world.run)
+    events.save(tmp_path / "events.jsonl")
+    loaded = EventLog.load(tmp_path / "events.jsonl")
+    header = loaded.header
+    assert len(loaded) > 5
+    assert replay(loaded, GraphPolicy(header["limits"], header["budget"], header["seed"])).equal
+    other = replay(loaded, GraphPolicy({"search": 1, "compute": 1, "write": 1}, 0.0, header["seed"]))
+    assert not other.equal
 
 
 def both_clocks(main: Any) -> list[Any]:

@@ -7,7 +7,7 @@ passed from Python (`run(job, tools=[...])`), and a file that names one it does 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -95,6 +95,10 @@ class Step:
         """Names in braces in the arguments, in order."""
         return tuple(dict.fromkeys(name for text in _texts(self.args) for name in _REFERENCE.findall(text)))
 
+    def before(self, above: Container[str]) -> tuple[str, ...]:
+        """The steps it comes after, of those `above` it: those it names and those whose results it uses."""
+        return tuple(dict.fromkeys([*self.after, *(name for name in self.used if name in above)]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkflowJob:
@@ -130,12 +134,6 @@ class WorkflowJob:
             for before in step.after:
                 require(before in above, f"steps.{place}.after", before, "the name of a step above")
             above.add(step.name)
-
-    def after(self, place: int) -> tuple[str, ...]:
-        """The steps that the one at `place` comes after: those it names and those whose results it uses."""
-        above = {step.name for step in self.steps[:place]}
-        step = self.steps[place]
-        return tuple(dict.fromkeys([*step.after, *(name for name in step.used if name in above)]))
 
 
 def filled(value: Plain, results: Mapping[str, Any], text_of: Any) -> Any:

@@ -97,8 +97,8 @@ class Steps:
         if job.deadline_s is not None:
             timer = asyncio.get_running_loop().call_later(job.deadline_s, self._out_of_time)
         nodes: dict[str, int] = {}
-        for place, step in enumerate(job.steps):
-            before = job.after(place)
+        for step in job.steps:
+            before = step.before(nodes)
             terms = self._terms(step)
             call = self._call(step, before)
             nodes[step.name] = self.graph.add(call, after=[nodes[one] for one in before], terms=terms, key=step.name)
@@ -142,7 +142,7 @@ class Steps:
             args = {name: filled(value, results, text_of) for name, value in step.args.items()}
             if step.tool == "ask":
                 return await self._ask(step, args)
-            chosen = {"wait": wait, "text": text, **self._tools}[step.tool]
+            chosen = _tool_of(step, self._tools)
             try:
                 _, kwargs = chosen.bind((), args, {})
             except TypeError as problem:
@@ -227,11 +227,15 @@ def problem_of(job: WorkflowJob, tools: Mapping[str, Tool]) -> tuple[str, str] |
                     f"there is {known}",
                 )
         else:
-            chosen = {"wait": wait, "text": text, **tools}[step.tool]
+            chosen = _tool_of(step, tools)
             problem = _names_problem(chosen, step)
             if problem is not None:
                 return f"step {step.name}: {problem}", f"call it as {chosen.signature}"
     return None
+
+
+def _tool_of(step: Step, tools: Mapping[str, Tool]) -> Tool:
+    return {"wait": wait, "text": text, **tools}[step.tool]
 
 
 def _names_problem(chosen: Tool, step: Step) -> str | None:
