@@ -32,7 +32,7 @@ bench: setup-dev
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 # What benchmarks compare with, each in an environment of its own; llama.cpp is built from source, which takes minutes.
-peers: .peers/llama/.installed .peers/vllm/.installed
+peers: .peers/llama/.installed .peers/vllm/.installed .peers/workflow/.installed
 
 # vLLM's CPU build asks for parts of torch that are for sound and pictures and that this needs not.
 .peers/vllm/.installed:
@@ -47,6 +47,11 @@ peers: .peers/llama/.installed .peers/vllm/.installed
 .peers/llama/.installed:
 	$(PYTHON) -m venv .peers/llama
 	CMAKE_ARGS=-DGGML_NATIVE=ON .peers/llama/bin/python -m pip install --quiet llama-cpp-python
+	touch $@
+
+.peers/workflow/.installed:
+	$(PYTHON) -m venv .peers/workflow
+	.peers/workflow/bin/python -m pip install --quiet -r benchmarks/peers/workflow.txt
 	touch $@
 
 docs: setup-dev

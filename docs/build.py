@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import stretto
-from stretto import serve, train
+from stretto import serve, train, workflow
 from stretto.claims.registry import Claim, claims
 from stretto.claims.systems import System, state, systems
 from stretto.core.orders import ORDERS
@@ -76,6 +76,7 @@ CAPABILITIES = (
         cluster="clusters/8xa100.yaml",
     ),
     Capability(name="training", package=train, policies={"schedule": ORDERS}),
+    Capability(name="workflows", package=workflow, policies={}),
 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,14 @@ def test_a_name_that_does_not_exist_is_not_found() -> None:
     assert not hasattr(stretto, "conduct")
     with pytest.raises(UserError, match="no such file"):
         stretto.load(ROOT / "jobs" / "no-such-job.yaml")
+
+
+def test_the_page_on_workflows_is_true(tmp_path: Path) -> None:
+    """Its Python, run from top to bottom as a script, prints what the page says it does."""
+    page = ROOT / "docs" / "workflows.md"
+    (tmp_path / "example.py").write_text("\n".join(blocks(page, "python")), encoding="utf-8")
+    command = [sys.executable, "example.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == (blocks(page, "text")[0], "")
+    for text in blocks(page, "py"):
+        compile(text, page.name, "exec")

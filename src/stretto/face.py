@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -86,16 +86,18 @@ def chosen_plan(
     *,
     on: Cluster | str | Path | None = None,
     recheck: bool = False,
+    adjust: Callable[[Any], Any] = lambda job: job,
     progress: Progress = no_progress,
 ) -> Plan[Any, Any]:
-    """The plan that a file asks for: a plan file's own, or the best one for a job file.
+    """The plan that a file asks for: a plan file's own, or the best one for a job file; `adjust` may change the job.
 
     Raises:
         UserError: if a plan was made for other machines (unless `recheck`) or cannot run on these.
     """
     loaded = files.load(path)
     if not isinstance(loaded, Plan):
-        return plan(loaded, on=on, progress=progress).best
+        return plan(adjust(loaded), on=on, progress=progress).best
+    loaded = replace(loaded, job=adjust(loaded.job))
     machines = _machines(on, progress)
     files.check_fingerprint(loaded, machines, recheck=recheck, file=str(path))
     prepared = domain_of(loaded.kind).prepare(loaded.job, machines, progress)

@@ -17,6 +17,7 @@ import stretto
 from stretto.cli.app import app, console, print_json, progress_bar
 from stretto.cli.format import metric
 from stretto.cli.plan import prediction_data
+from stretto.core.errors import FieldError, UserError
 from stretto.core.plan import Context, Prediction, Result
 from stretto.files import plan_data
 
@@ -27,11 +28,15 @@ def run(
     output: Path = typer.Option(Path("reports/run"), "--output", "-o", help="Folder for the report and the event log."),
     recheck: bool = typer.Option(False, "--recheck", help="Accept a plan that was made for another machine."),
     seed: int = typer.Option(0, "--seed", help="Added to the seeds of the job."),
+    budget: str | None = typer.Option(None, "--budget", help="Most money of a workflow: 0.30 USD."),
+    deadline: str | None = typer.Option(None, "--deadline", help="Most time of a workflow: 60 s, 2 min."),
     as_json: bool = typer.Option(False, "--json", help="Print everything as one JSON document."),
 ) -> None:
     """Run a job here and show predicted beside measured. Ctrl-C ends cleanly with what is done."""
     with progress_bar(quiet=as_json) as progress:
-        chosen = stretto.chosen_plan(what, recheck=recheck, progress=progress)
+        chosen = stretto.chosen_plan(
+            what, recheck=recheck, adjust=lambda job: within(job, budget, deadline), progress=progress
+        )
         forecast = stretto.predict(chosen)
         if not as_json:
             show_forecast(chosen.choices, forecast)
@@ -44,6 +49,24 @@ def run(
         _show(result)
     if result.interrupted:
         raise typer.Exit(130)
+
+
+def within(job: Any, budget: str | None, deadline: str | None) -> Any:
+    """The job within the limits of the command line.
+
+    Raises:
+        UserError: if it is not of a kind that has them.
+    """
+    if budget is None and deadline is None:
+        return job
+    if job.kind != "workflow":
+        raise UserError(f"a {job.kind} job has neither budget nor deadline", right="leave out --budget and --deadline")
+    from stretto.workflow.run import with_limits
+
+    try:
+        return with_limits(job, budget, deadline)
+    except FieldError as problem:
+        raise UserError(str(problem), field=f"--{problem.field}") from None
 
 
 @contextmanager
