@@ -1,0 +1,1 @@
+"""Workflows: graphs of tool and model calls inside a budget and a deadline."""
