@@ -107,16 +107,16 @@ class Moments:
     def law(self) -> Law:
         """The table of this law."""
         rows = TABLE_ROWS if self.latency_std_s > 0 else 1
-        latency: Quantiles = np.full(1, self.latency_s)
+        latency = [self.latency_s]
         if self.latency_std_s > 0:
             at = (np.arange(rows * _WITHIN) + 0.5) / (rows * _WITHIN)
-            latency = _QUANTILES[self.shape](at, self.latency_s, self.latency_std_s)
-            latency = np.maximum(latency, LEAST_LATENCY_S).reshape(rows, _WITHIN).mean(axis=1)
+            quantiles: Quantiles = np.maximum(
+                _QUANTILES[self.shape](at, self.latency_s, self.latency_std_s), LEAST_LATENCY_S
+            )
             if self.shape != "gaussian":
-                latency *= self.latency_s / latency.mean()
-        return Law(
-            latency_s=tuple(latency.tolist()), success=(self.success,) * rows, cost=(self.cost,) * rows, bound=self.cost
-        )
+                quantiles = quantiles * (self.latency_s / float(quantiles.mean()))
+            latency = quantiles.reshape(rows, _WITHIN).mean(axis=1).tolist()
+        return Law(latency_s=tuple(latency), success=(self.success,) * rows, cost=(self.cost,) * rows, bound=self.cost)
 
 
 def _lognormal(at: Quantiles, mean: float, std: float) -> Quantiles:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -183,17 +182,14 @@ class MCPP:
         )
 
     def _mixed(self, state: State, *, fresh: bool = False) -> int:
-        """A seed that follows from the planner's and the state: 64 bits."""
-        digest = hashlib.blake2b(struct.pack("<Q?dd", self._seed & (2**64 - 1), fresh, *_left(state)), digest_size=8)
-        for node in sorted(state.done):
-            digest.update(b"done" + node.encode())
-        for flight in state.flights:
-            digest.update(repr(flight).encode())
-        return int.from_bytes(digest.digest(), "little")
-
-
-def _left(state: State) -> tuple[float, float]:
-    return state.time_left_s, state.money_left
+        """A seed of 64 bits that follows from the planner's and the state, whose numbers count to nine digits."""
+        flights = [
+            (f.node, f.model, f"{f.elapsed_s:.9g}", f.running, f.succeeded, f.remaining_s is None)
+            for f in state.flights
+        ]
+        left = f"{state.time_left_s:.9g} {state.money_left:.9g}"
+        text = repr((self._seed, fresh, left, sorted(state.done), flights))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def epsilon(samples: int, choices: int, confidence: float = 0.95) -> float:
