@@ -1,7 +1,7 @@
 // One run of a workflow under "this action first, then so many samples on that model for every ready node".
 //
-// A batch (all samples of one launch of a node) is drawn whole: rollout, node, model, number of the launch and sample
-// decide its draws, so all policies of one rollout meet the same luck, and a batch is computed once for all of them.
+// A batch (all samples of one launch of a node) is drawn whole: rollout, node, number of the launch and sample decide its
+// draws, so all policies of one rollout meet the same luck, and a batch is computed once for all of them.
 // The plain twin is stretto/workflow/portfolio/plain.py; both do the same arithmetic in the same order.
 #pragma once
 
@@ -177,7 +177,7 @@ class Player {
         samples_.clear();
         Words words{};
         for (int sample = 0; sample < count; ++sample) {
-            if (sample % 4 == 0) words = philox(seed_, stream(law, sample), uint64_t(round) << 32 | rollout_);
+            if (sample % 4 == 0) words = philox(seed_, stream(node, sample), uint64_t(round) << 32 | rollout_);
             uint64_t at = uint64_t(words[size_t(sample % 4)]) * rows.size();
             const Row &row = rows[at >> 32];
             samples_.push_back({row.latency, row.cost, (at & 0xFFFFFFFFu) < row.success});
@@ -199,7 +199,7 @@ class Player {
         samples_.clear();
         Words words{};
         for (int sample = 0; sample < flight.running; ++sample) {
-            if (sample % 4 == 0) words = philox(seed_, stream(law, sample) | IN_FLIGHT, rollout_);
+            if (sample % 4 == 0) words = philox(seed_, stream(flight.node, sample) | IN_FLIGHT, rollout_);
             uint64_t at = uint64_t(words[size_t(sample % 4)]) * (rows.size() - from);
             const Row &row = rows[from + (at >> 32)];
             double latency = flight.remaining ? flight.elapsed + flight.remaining[sample]
@@ -210,7 +210,7 @@ class Player {
         return settle(law, flight.elapsed, flight.succeeded);
     }
 
-    static uint64_t stream(int law, int sample) { return uint64_t(sample / 4) << 32 | uint64_t(law); }
+    static uint64_t stream(int node, int sample) { return uint64_t(sample / 4) << 32 | uint64_t(node); }
 
     Batch settle(int law, double elapsed, bool succeeded) const {
         double last = 0, spent = 0, cost = 0;

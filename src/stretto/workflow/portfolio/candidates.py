@@ -3,7 +3,8 @@
 Uniform: every ready node gets the same model and the same number of samples. Mixtures: the full product of (model,
 count) over the ready nodes where it is small; else a full product over a few nodes drawn at random, the others sharing
 one count on their first models. Where that is too many, a random part of it is weighed. An action gives every ready
-node something: nothing is held back on purpose.
+node something: nothing is held back on purpose. Cheaper models come first, since of equally good actions the earlier
+one is chosen.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def candidates(
         Distinct rows, uniform actions first; -1 for nodes that are not ready.
     """
     nodes = [problem.workflow.index[node] for node in ready]
-    models = range(len(problem.estimates.models))
-    firsts = [problem.law_index(node, 0) % len(models) for node in nodes]
-    choices = [[m for m in models if problem.law_index(node, m) % len(models) == m] for node in nodes]
+    choices = [problem.cheapest_first[node] for node in nodes]
+    models = sorted({m for own in choices for m in own}, key=lambda m: sum(own.index(m) for own in choices if m in own))
+    firsts = [min(own) for own in choices]
     base = [
         [(m if m in own else first) * levels + level for own, first in zip(choices, firsts, strict=True)]
         for m in models
@@ -62,7 +63,12 @@ def candidates(
 
 
 def _mixtures(
-    free: list[int], firsts: list[int], choices: list[list[int]], levels: int, shared: int, picked: NDArray[np.int64]
+    free: list[int],
+    firsts: list[int],
+    choices: list[tuple[int, ...]],
+    levels: int,
+    shared: int,
+    picked: NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """The mixtures of these numbers: mixed-radix digits, one a free node, and the level that the others share."""
     rest, level = np.divmod(picked, shared)

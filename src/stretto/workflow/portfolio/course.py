@@ -105,10 +105,12 @@ def observe(course: Course, *, clairvoyant: bool = False) -> State:
 def luck(problem: Problem, draws: Draws, trial: int) -> Luck:
     """The luck of one trial."""
 
+    models = len(problem.estimates.models)
+
     def of(law: int, launch: int, count: int) -> Sequence[Sample]:
         known = problem.laws[law]
         assert known is not None
-        return samples(known, draws.words(trial, law, launch, count))
+        return samples(known, draws.words(trial, law // models, launch, count))
 
     return of
 

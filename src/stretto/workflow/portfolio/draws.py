@@ -1,8 +1,8 @@
-"""The luck of a rollout: each sample's draw follows from (seed, rollout, law, number of the launch, sample) alone.
+"""The luck of a rollout: each sample's draw follows from (seed, rollout, node, number of the launch, sample) alone.
 
-So every policy that launches the same samples meets the same luck, and native code, the plain twin and the simulated
-world agree bit for bit. A sample's 32-bit word picks its row, and what the word says within the row decides a success
-that is a probability.
+So every policy that launches the same samples meets the same luck, models of a node are compared by the same luck, and
+native code, the plain twin and the simulated world agree bit for bit. A sample's 32-bit word picks its row, and what
+the word says within the row decides a success that is a probability.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class Draws:
         self._count = count
         self._words = lru_cache(maxsize=4096)(self._draw)
 
-    def words(self, rollout: int, law: int, launch: int, count: int, *, in_flight: bool = False) -> Sequence[int]:
-        """`count` words of a rollout for the samples of launch number `launch` under law number `law`."""
-        table = self._words(law, launch, -(-count // 4), IN_FLIGHT if in_flight else 0)
+    def words(self, rollout: int, node: int, launch: int, count: int, *, in_flight: bool = False) -> Sequence[int]:
+        """`count` words of a rollout for the samples of launch number `launch` of node number `node`."""
+        table = self._words(node, launch, -(-count // 4), IN_FLIGHT if in_flight else 0)
         return table[rollout - self._start][:count]
 
-    def _draw(self, law: int, launch: int, blocks: int, flag: int) -> list[list[int]]:
+    def _draw(self, node: int, launch: int, blocks: int, flag: int) -> list[list[int]]:
         counter = np.empty((self._count, blocks, 4), dtype=np.uint32)
         counter[..., 0] = np.arange(self._start, self._start + self._count)[:, None]
         counter[..., 1] = launch
-        counter[..., 2] = law
+        counter[..., 2] = node
         counter[..., 3] = np.arange(blocks) | flag
         key = np.array([self._seed & 0xFFFFFFFF, self._seed >> 32 & 0xFFFFFFFF], dtype=np.uint32)
         words: list[list[int]] = philox(counter, key).reshape(self._count, -1).tolist()

@@ -129,7 +129,7 @@ class Estimates:
     """For each node, the laws of the models that may try it.
 
     Attributes:
-        laws: node, then model, then its law. The order of a node's models counts: the first is its default.
+        laws: node, then model, then its law.
 
     Raises:
         ValueError: naming the node without a model, or the number of models that is too large.
@@ -145,13 +145,13 @@ class Estimates:
 
     @cached_property
     def models(self) -> tuple[str, ...]:
-        """All models, in the order in which nodes first name them."""
+        """All models, in the order in which nodes first name them. A node's first one in it is its default."""
         return tuple(dict.fromkeys(model for models in self.laws.values() for model in models))
 
     def law(self, node: str, model: str) -> Law:
-        """The law of a node on a model, or on the node's first model where it has none of that name."""
+        """The law of a node on a model, or on the node's default where it has none of that name."""
         laws = self.laws[node]
-        return laws[model] if model in laws else next(iter(laws.values()))
+        return laws[model] if model in laws else next(laws[other] for other in self.models if other in laws)
 
     @classmethod
     def from_rollouts(

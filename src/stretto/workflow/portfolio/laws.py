@@ -110,30 +110,25 @@ class Moments:
         latency = [self.latency_s]
         if self.latency_std_s > 0:
             at = (np.arange(rows * _WITHIN) + 0.5) / (rows * _WITHIN)
-            quantiles: Quantiles = np.maximum(
-                _QUANTILES[self.shape](at, self.latency_s, self.latency_std_s), LEAST_LATENCY_S
-            )
-            if self.shape != "gaussian":
-                quantiles = quantiles * (self.latency_s / float(quantiles.mean()))
-            latency = quantiles.reshape(rows, _WITHIN).mean(axis=1).tolist()
+            latency_s = _QUANTILES[self.shape](at, self.latency_s, self.latency_std_s)
+            latency_s = np.maximum(latency_s, LEAST_LATENCY_S).reshape(rows, _WITHIN).mean(axis=1)
+            scale = 1.0 if self.shape == "gaussian" else self.latency_s / float(latency_s.mean())
+            latency = [scale * value for value in latency_s.tolist()]
         return Law(latency_s=tuple(latency), success=(self.success,) * rows, cost=(self.cost,) * rows, bound=self.cost)
 
 
 def _lognormal(at: Quantiles, mean: float, std: float) -> Quantiles:
     variance = math.log1p((std / mean) ** 2)
-    result: Quantiles = np.exp(math.log(mean) - variance / 2 + math.sqrt(variance) * special.ndtri(at))
-    return result
+    return np.asarray(np.exp(math.log(mean) - variance / 2 + math.sqrt(variance) * special.ndtri(at)), np.float64)
 
 
 def _gamma(at: Quantiles, mean: float, std: float) -> Quantiles:
     shape = (mean / std) ** 2
-    result: Quantiles = special.gammaincinv(shape, at) * (mean / shape)
-    return result
+    return np.asarray(special.gammaincinv(shape, at) * (mean / shape), np.float64)
 
 
 def _gaussian(at: Quantiles, mean: float, std: float) -> Quantiles:
-    result: Quantiles = mean + std * special.ndtri(at)
-    return result
+    return np.asarray(mean + std * special.ndtri(at), np.float64)
 
 
 _QUANTILES = {"lognormal": _lognormal, "gamma": _gamma, "gaussian": _gaussian}

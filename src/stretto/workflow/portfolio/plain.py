@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stretto.workflow.portfolio.draws import Batch, Draws, remainders, samples, settle
-from stretto.workflow.portfolio.draws import Sample as _Sample
+from stretto.workflow.portfolio.draws import Batch, Draws, Sample, remainders, samples, settle
 from stretto.workflow.portfolio.problem import Action, Problem
 from stretto.workflow.portfolio.state import Flight, State
 
@@ -56,23 +55,20 @@ def wins(problem: Problem, state: State, action: Action, model: str, count: int,
 
 
 def _launch(problem: Problem, node: str, model: str, count: int, launch: int, draws: Draws, rollout: int) -> Batch:
-    at = problem.law_index(problem.workflow.index[node], problem.model_index[model])
-    law = problem.laws[at]
-    assert law is not None
-    return settle(problem.rules, law.bound, samples(law, draws.words(rollout, at, launch, count)))
+    law = problem.estimates.law(node, model)
+    words = draws.words(rollout, problem.workflow.index[node], launch, count)
+    return settle(problem.rules, law.bound, samples(law, words))
 
 
 def _land(problem: Problem, flight: Flight, draws: Draws, rollout: int) -> Batch:
     """How a batch in flight ends in this rollout."""
-    at = problem.law_index(problem.workflow.index[flight.node], problem.model_index[flight.model])
-    law = problem.laws[at]
-    assert law is not None
-    words = draws.words(rollout, at, 0, flight.running, in_flight=True)
+    law = problem.estimates.law(flight.node, flight.model)
+    words = draws.words(rollout, problem.workflow.index[flight.node], 0, flight.running, in_flight=True)
     if flight.remaining_s is None:
         drawn = remainders(law, words, flight.elapsed_s)
     else:
         drawn = [
-            _Sample(latency_s=flight.elapsed_s + left, success=each.success, cost=each.cost)
+            Sample(latency_s=flight.elapsed_s + left, success=each.success, cost=each.cost)
             for each, left in zip(samples(law, words), flight.remaining_s, strict=True)
         ]
     return settle(problem.rules, law.bound, drawn, elapsed_s=flight.elapsed_s, succeeded=flight.succeeded)

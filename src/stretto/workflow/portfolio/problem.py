@@ -67,6 +67,15 @@ class Problem:
     def model_index(self) -> dict[str, int]:
         return {model: at for at, model in enumerate(self.estimates.models)}
 
+    @cached_property
+    def cheapest_first(self) -> tuple[tuple[int, ...], ...]:
+        """For each node, the numbers of its models, by mean cost, then by success rate, then as they are named."""
+        return tuple(tuple(model for _, _, model in sorted(self._dearness(node))) for node in self.workflow.nodes)
+
+    def _dearness(self, node: str) -> list[tuple[float, float, int]]:
+        laws = self.estimates.laws[node].items()
+        return [(law.mean_cost, -law.success_rate, self.model_index[model]) for model, law in laws]
+
     def law_index(self, node: int, model: int) -> int:
         """Where the law of a node on a model stands in `laws`: on its first model where it lacks this one."""
         models = len(self.estimates.models)

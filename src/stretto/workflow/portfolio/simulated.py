@@ -31,12 +31,10 @@ class SimulatedAttempts:
 
     async def __call__(self, node: str, model: str, seed: int) -> Outcome:
         problem, (trial, number) = self._problem, divmod(seed, 2**32)
-        at = problem.law_index(problem.workflow.index[node], problem.model_index[model])
-        law = problem.laws[at]
-        assert law is not None
-        draws = self._draws.setdefault(trial, Draws(self._seed, start=trial))
         launch, sample = divmod(number, MAX_SAMPLES)
-        (drawn,) = samples(law, draws.words(trial, at, launch, sample + 1)[-1:])
+        draws = self._draws.setdefault(trial, Draws(self._seed, start=trial))
+        words = draws.words(trial, problem.workflow.index[node], launch, sample + 1)
+        (drawn,) = samples(problem.estimates.law(node, model), words[-1:])
         seconds, start = drawn.latency_s * self._pace, self._clock.now
         try:
             await self._clock.sleep(seconds)
