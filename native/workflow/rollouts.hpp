@@ -14,6 +14,7 @@
 namespace stretto {
 
 constexpr int MAX_LAUNCHES = 10'000;
+constexpr double MONEY_SLACK = 1e-12; // of the money at the start: what sums in floating point may be off
 constexpr uint64_t IN_FLIGHT = uint64_t(1) << 63; // the streams of samples that run when the rollout starts
 
 // One sample's row: where its fraction of a draw is below `success` (of 2^32), it succeeds.
@@ -83,6 +84,7 @@ class Player {
         const uint64_t all = problem_.nodes == 64 ? ~uint64_t(0) : (uint64_t(1) << problem_.nodes) - 1;
         uint64_t done = start_.done, flying = 0;
         double now = 0, money = start_.money;
+        const double slack = start_.money * MONEY_SLACK;
         std::fill_n(round_, problem_.nodes, 0);
         for (size_t at = 0; at < in_flight_.size(); ++at) {
             int node = start_.flights[at].node;
@@ -103,7 +105,7 @@ class Player {
                 int chosen = opening ? action[node] : code;
                 if (chosen < 0) continue;
                 const Batch &batch = launch(node, chosen);
-                if (!(batch.taken <= money)) continue;
+                if (!(batch.taken <= money + slack)) continue;
                 if (++launches > MAX_LAUNCHES) return {false, now, start_.money - money};
                 money -= batch.taken;
                 batch_[node] = batch;

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stretto.workflow.portfolio.draws import Draws, Sample, samples
-from stretto.workflow.portfolio.problem import Action, Problem
+from stretto.workflow.portfolio.problem import MAX_LAUNCHES, MONEY_SLACK, Action, Problem
 from stretto.workflow.portfolio.state import Flight, State
 
 End = Literal["completed", "budget_exhausted", "deadline_exhausted", "stalled"]
-
-MAX_LAUNCHES = 10_000
 
 Luck = Callable[[int, int, int], Sequence[Sample]]
 """From (number of the law, number of the launch of the node, count) to what those samples will do."""
@@ -97,7 +95,7 @@ def observe(course: Course, *, clairvoyant: bool = False) -> State:
     return State(
         done=course.done,
         time_left_s=course.deadline_s - course.now_s,
-        money_left=course.money,
+        money_left=max(0.0, course.money),
         flights=tuple(flights),
     )
 
@@ -137,7 +135,7 @@ def launch(problem: Problem, course: Course, action: Action, luck: Luck) -> Cour
         realised = problem.rules.charge == "realised"
         taken = tuple(sample.cost if realised else law.bound for sample in drawn)
         total = math.fsum(taken)
-        if not total <= money:
+        if not total <= money + course.budget * MONEY_SLACK:
             fits = False
             continue
         money -= total

@@ -8,11 +8,12 @@ from fractions import Fraction
 class Ledger:
     """A budget, of which a part is spent and a part reserved; what is left is free.
 
-    Sums are exact, so as long as no sample costs more than was reserved for it, spent <= budget holds without slack.
+    Amounts count as the decimal numbers that they print as, and sums are exact: three times 0.1 fits into 0.3, and as
+    long as no sample costs more than was reserved for it, spent <= budget holds without slack.
     """
 
     def __init__(self, budget: float) -> None:
-        self._free = Fraction(budget)
+        self._free = _exact(budget)
         self._spent = Fraction(0)
 
     @property
@@ -25,15 +26,20 @@ class Ledger:
         """What has been settled."""
         return float(self._spent)
 
-    def can_reserve(self, bounds: list[float]) -> bool:
-        """Whether all of these fit into what is free."""
-        return sum(map(Fraction, bounds), Fraction(0)) <= self._free
+    def can_reserve(self, bound: float, count: int) -> bool:
+        """Whether `bound` for each of so many samples fits into what is free."""
+        return count * _exact(bound) <= self._free
 
-    def reserve(self, bound: float) -> None:
-        """Set money aside for one sample."""
-        self._free -= Fraction(bound)
+    def reserve(self, bound: float, count: int) -> None:
+        """Set `bound` aside for each of so many samples."""
+        self._free -= count * _exact(bound)
 
     def settle(self, bound: float, cost: float) -> None:
-        """A sample for which `bound` was reserved has cost `cost`."""
-        self._free += Fraction(bound) - Fraction(cost)
-        self._spent += Fraction(cost)
+        """One sample for which `bound` was reserved has cost `cost`."""
+        charged = _exact(cost)
+        self._free += _exact(bound) - charged
+        self._spent += charged
+
+
+def _exact(amount: float) -> Fraction:
+    return Fraction(repr(float(amount)))

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stretto.workflow.portfolio.draws import Batch, Draws, Sample, remainders, samples, settle
-from stretto.workflow.portfolio.problem import Action, Problem
+from stretto.workflow.portfolio.problem import MAX_LAUNCHES, MONEY_SLACK, Action, Problem
 from stretto.workflow.portfolio.state import Flight, State
-
-MAX_LAUNCHES = 10_000
 
 
 def wins(problem: Problem, state: State, action: Action, model: str, count: int, draws: Draws, rollout: int) -> bool:
     """Whether the workflow completes in time and money in this rollout: `action` first, then Seq-(model, count)."""
     workflow = problem.workflow
     now, money, done = 0.0, state.money_left, set(state.done)
+    slack = state.money_left * MONEY_SLACK
     flying: dict[str, tuple[float, Batch]] = {}
     for flight in state.flights:
         batch = _land(problem, flight, draws, rollout)
@@ -32,7 +31,7 @@ def wins(problem: Problem, state: State, action: Action, model: str, count: int,
             if chosen is None:
                 continue
             batch = _launch(problem, node, *chosen, launches[node], draws, rollout)
-            if not batch.taken <= money:
+            if not batch.taken <= money + slack:
                 continue
             launches[node] += 1
             if sum(launches.values()) > MAX_LAUNCHES:

@@ -122,10 +122,11 @@ async def run(
         grace_s: how long a cancelled attempt may take to end; then it is left to itself and charged at its bound.
 
     Raises:
-        ValueError: for a budget, deadline or grace that is negative or not a number, or rules that only a simulator
-            can keep ("realised").
+        ValueError: for a budget, deadline or grace that is negative or not a number, a budget without end, or rules
+            that only a simulator can keep ("realised").
     """
     check_limits(budget, deadline_s)
+    require(budget < math.inf, "budget", budget, "a finite number")
     require(grace_s >= 0, "grace_s", grace_s, "a number >= 0")
     charge = problem.rules.charge
     require(charge == "reserved", "rules.charge", charge, "reserved: nobody knows a sample's cost at its launch")
@@ -227,13 +228,13 @@ class _Driver:
                 raise ValueError(f"{each.node} is not ready: it is done, in flight or waits for its parents")
             waiting.discard(each.node)
             bound = self.problem.estimates.law(each.node, each.model).bound
-            if not self.ledger.can_reserve([bound] * each.count):
+            if not self.ledger.can_reserve(bound, each.count):
                 fits = False
                 continue
+            self.ledger.reserve(bound, each.count)
             tasks = dict[asyncio.Task[Outcome], int]()
             for number in range(each.count):
                 seed = sample_seed(self.seed, self._launches[each.node], number)
-                self.ledger.reserve(bound)
                 tasks[asyncio.ensure_future(self._sample(each, seed))] = seed
             self._launches[each.node] += 1
             self.flying[each.node] = _Batch(launch=each, start_s=self.now, bound=bound, tasks=tasks)
