@@ -16,7 +16,7 @@ from stretto.workflow.portfolio.candidates import candidates
 from stretto.workflow.portfolio.course import Course, begin, luck, observe
 from stretto.workflow.portfolio.draws import Draws
 from stretto.workflow.portfolio.estimates import Estimates, Workflow
-from stretto.workflow.portfolio.grid import completion_surface, forecast
+from stretto.workflow.portfolio.grid import completion_surface, forecast, nominal_limits
 from stretto.workflow.portfolio.laws import Moments
 from stretto.workflow.portfolio.library import draw_problem
 from stretto.workflow.portfolio.planner import MCPP, epsilon
@@ -231,6 +231,19 @@ def test_a_forecast_is_about_a_lower_bound_of_whole_runs() -> None:
     assert [line.split()[0] for line in text.splitlines()] == ["budget", "20", "60"]
     assert "6 s" in text
     assert "%" in text
+
+
+def test_nominal_limits() -> None:
+    fast, sure = Moments(success=0.5, latency_s=1.0, cost=2.0), Moments(success=0.95, latency_s=3.0, cost=11.0)
+    hopeless = Moments(success=0.0, latency_s=0.5, cost=0.1)
+    problem = Problem(
+        workflow=Workflow(nodes=("a", "b", "c"), edges=(("a", "c"), ("b", "c"))),
+        estimates=Estimates.from_moments(
+            {"a": {"f": fast, "s": sure}, "b": {"s": sure}, "c": {"h": hopeless, "f": fast}}
+        ),
+    )
+    assert nominal_limits(problem) == (5 * 2.0 + 11.0 + 5 * 2.0, pytest.approx(3.0 / 0.95 + 2.0))
+    assert nominal_limits(chain(2, success=0.0)) == (math.inf, math.inf)
 
 
 @pytest.mark.parametrize(

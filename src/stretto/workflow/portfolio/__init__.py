@@ -2,7 +2,7 @@
 
 from stretto.workflow.portfolio.baselines import SPLITS, Seq, Split
 from stretto.workflow.portfolio.estimates import Estimates, Rollout, Workflow
-from stretto.workflow.portfolio.grid import Surface, completion_surface, forecast
+from stretto.workflow.portfolio.grid import Surface, completion_surface, forecast, nominal_limits
 from stretto.workflow.portfolio.laws import Law, Moments
 from stretto.workflow.portfolio.library import draw_problem
 from stretto.workflow.portfolio.planner import MCPP, Policy, Weighed
@@ -40,6 +40,7 @@ __all__ = [
     "completion_surface",
     "draw_problem",
     "forecast",
+    "nominal_limits",
     "run",
     "simulate",
 ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stretto.core.errors import require
 from stretto.core.statistics import Interval
 from stretto.workflow.portfolio.planner import MCPP, Policy
+from stretto.workflow.portfolio.problem import Problem
 from stretto.workflow.portfolio.simulate import check_limits, simulate
 from stretto.workflow.portfolio.state import State
 
 MAX_CELLS = 10_000
+_NOMINAL = 0.95
+"""A node's nominal budget makes it succeed this probably."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,28 @@ class Surface:
         return "\n".join(
             "  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)) for line in lines
         )
+
+
+def nominal_limits(problem: Problem) -> tuple[float, float]:
+    """A budget and a deadline in seconds of the order that the workflow asks for: the middle of a sensible grid.
+
+    The budget pays, for each node, the samples that make it succeed with 95 %; the deadline is the longest path of
+    mean latency over success rate. Of a node's models the one that needs least counts; infinite if one cannot succeed.
+    """
+    workflow, laws = problem.workflow, problem.estimates.laws
+    budget, ends = 0.0, dict[str, float]()
+    for node in workflow.order:
+        known = laws[node].values()
+        budget += min(_samples_needed(law.success_rate) * law.mean_cost for law in known)
+        own = min(law.mean_latency_s / law.success_rate if law.success_rate else math.inf for law in known)
+        ends[node] = own + max((ends[parent] for parent in workflow.parents(node)), default=0.0)
+    return budget, max(ends.values())
+
+
+def _samples_needed(success_rate: float) -> float:
+    if success_rate == 0:
+        return math.inf
+    return 1.0 if success_rate >= _NOMINAL else math.ceil(math.log(1 - _NOMINAL) / math.log(1 - success_rate))
 
 
 def forecast(planner: MCPP, budgets: Sequence[float], deadlines_s: Sequence[float]) -> Surface:
