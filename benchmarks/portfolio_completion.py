@@ -1,10 +1,10 @@
 """How often workflows finish inside a budget and a deadline: MCPP against fixed policies chosen in hindsight.
 
 Instances are drawn task libraries of 6 to 12 nodes. A grid of budgets and deadlines lies around each instance's
-nominal ones, and every policy meets the same luck in the same 200 runs. The rival is the best Seq-(model, k), k in 1, 2,
-4, ..., 64, chosen for that very cell by those very runs; the other is the uniform split on its better model. Runs are
-real ones (`portfolio.run`) on virtual time, and, for one cell, on the real clock at a twentieth of the time, ten side by
-side. One row has the publication's own accounting, which charges at the launch what samples are going to cost.
+nominal ones, and every policy meets the same luck in the same 200 runs. The rival is the best Seq-(model, k), k in 1,
+2, 4, ..., 64, chosen for that very cell by those very runs; the other is the uniform split on its better model. Runs
+are real ones (`portfolio.run`) on virtual time, and, for one cell, on the real clock at a twentieth of the time, ten
+side by side. One row has the publication's own accounting, which charges at the launch what samples will cost.
 
 The last rows play four samples a node whose latencies have a coefficient of variation of 0.5: ended by their first
 success against the wait for all four, refunded by the time that was not used.
