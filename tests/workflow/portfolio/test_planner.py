@@ -285,15 +285,14 @@ def test_the_reported_probability_is_from_fresh_rollouts() -> None:
     problem = wide(2)
     state = start(2.6, 100.0)
     flattered, reported = [], []
-    for seed in range(60):
-        planner = MCPP(problem, samples=16, first=16, fresh=64, seed=seed)
-        weighed = planner.weigh(state)
-        reported.append(weighed.probability.value)
+    for seed in range(200):
+        planner = MCPP(problem, samples=8, first=8, fresh=8, seed=seed)
+        reported.append(planner.weigh(state).probability.value)
         pairs = planner.pairs(state)
-        flattered.append(planner.rollouts.wins(state, pairs, seed=seed, count=16).max() / 16)
+        flattered.append(planner.rollouts.wins(state, pairs, seed=seed, count=8).max() / 8)
     exact = MCPP(problem, samples=4096, first=1024, fresh=65536).weigh(state).probability.value
-    assert np.mean(reported) <= exact + 0.02
-    assert np.mean(flattered) > np.mean(reported) + 0.02
+    assert np.mean(reported) <= exact + 0.025
+    assert np.mean(flattered) > exact + 0.04
 
 
 def test_halving_spends_a_fraction_and_chooses_as_well() -> None:

@@ -206,6 +206,23 @@ def test_what_comes_after_the_deadline_does_not_count() -> None:
     assert on_virtual_time(problem, seq(problem), attempt, 5.0, 10.001).seconds == 10.0
 
 
+def test_a_success_that_is_seen_too_late_does_not_count() -> None:
+    """The host is busy from 8 s to 13 s: the sample of 9 s and the deadline of 10 s are both seen at 13 s."""
+
+    async def main(clock: VirtualClock) -> Run:
+        problem = chain(1)
+        attempt = always(Outcome(success=True, cost=1.0), 9.0)(clock)
+        work = run(problem, seq(problem), attempt, budget=5.0, deadline_s=10.0, clock=clock)
+        task = asyncio.ensure_future(work)
+        await clock.sleep(8.0)
+        with clock.spend("host", 5.0):
+            pass
+        return await task
+
+    found = simulate_async(main)
+    assert (found.end, found.seconds, found.outputs) == ("deadline_exhausted", 10.0, {})
+
+
 def test_a_completed_run_is_over_before_stubborn_losers_are_given_up() -> None:
     """A cancelled loser may take its grace beyond the deadline; the success was in time."""
     problem = Problem(
