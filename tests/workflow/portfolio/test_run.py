@@ -18,9 +18,10 @@ from stretto.workflow.portfolio.estimates import Estimates, Workflow
 from stretto.workflow.portfolio.laws import Moments
 from stretto.workflow.portfolio.ledger import Ledger
 from stretto.workflow.portfolio.library import draw_problem
+from stretto.workflow.portfolio.outcome import Attempt, Outcome, Run, sample_seed
 from stretto.workflow.portfolio.planner import MCPP, Policy
 from stretto.workflow.portfolio.problem import Action, Launch, Problem, Rules
-from stretto.workflow.portfolio.run import Attempt, Outcome, Run, run, sample_seed
+from stretto.workflow.portfolio.run import run
 from stretto.workflow.portfolio.simulate import simulate
 from stretto.workflow.portfolio.simulated import SimulatedAttempts
 from stretto.workflow.portfolio.state import State

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from stretto.core.clock import Clock
 from stretto.core.random import uniform
+from stretto.workflow.portfolio.outcome import Outcome
 from stretto.workflow.portfolio.problem import Problem
-from stretto.workflow.portfolio.run import Outcome
 from stretto.workflow.portfolio.simulated import SimulatedAttempts
 
 FAULTS = ("none", "raises", "hangs", "stubborn", "nonsense")

@@ -18,7 +18,8 @@ from stretto.core.record import Recorder
 from stretto.core.statistics import Interval, bootstrap
 from stretto.core.trace import Key, Trace
 from stretto.workflow.portfolio.job import PortfolioJob, PortfolioPlan
-from stretto.workflow.portfolio.run import Run, run
+from stretto.workflow.portfolio.outcome import Run
+from stretto.workflow.portfolio.run import run
 from stretto.workflow.portfolio.simulate import Simulated, simulate
 from stretto.workflow.portfolio.simulated import SimulatedAttempts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,18 +62,23 @@ class Workflow:
             masks[self.index[child]] |= 1 << self.index[parent]
         return tuple(masks)
 
+    @cached_property
+    def _parents(self) -> dict[str, tuple[str, ...]]:
+        return {
+            node: tuple(other for at, other in enumerate(self.nodes) if mask >> at & 1)
+            for node, mask in zip(self.nodes, self.parent_masks, strict=True)
+        }
+
     def parents(self, node: str) -> tuple[str, ...]:
         """The parents of a node, in the order of the nodes."""
-        mask = self.parent_masks[self.index[node]]
-        return tuple(other for at, other in enumerate(self.nodes) if mask >> at & 1)
+        return self._parents[node]
 
-    def ready(self, done: Iterable[str], running: Iterable[str]) -> tuple[str, ...]:
+    def ready(self, done: Collection[str], running: Collection[str]) -> tuple[str, ...]:
         """The nodes that may start, in the order of the nodes: parents done, neither done nor running."""
-        finished, busy = set(done), set(running)
         return tuple(
             node
-            for node in self.nodes
-            if node not in finished and node not in busy and finished.issuperset(self.parents(node))
+            for node, parents in self._parents.items()
+            if node not in done and node not in running and all(parent in done for parent in parents)
         )
 
     @cached_property

