@@ -61,6 +61,14 @@ def test_many_ready_nodes_get_the_uniform_actions_and_a_part_of_the_mixtures(nod
     assert found != listed(problem, problem.workflow.nodes, seed=1)
 
 
+def test_mixtures_of_a_large_product_are_drawn_from_all_of_it() -> None:
+    problem = wide(8, models=3)
+    found = np.array(listed(problem, problem.workflow.nodes, free_nodes=8, max_actions=2000))[16:]
+    assert len(found) > 1900
+    for at in range(8):
+        assert set(found[:, at]) == set(range(12))
+
+
 def test_every_ready_node_gets_something_and_no_other_does() -> None:
     for row in listed(diamond(), ("b", "c")):
         assert [code >= 0 for code in row] == [False, True, True, False]

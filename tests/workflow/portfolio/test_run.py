@@ -312,6 +312,19 @@ def test_planning_takes_time_and_nothing_is_launched_too_late() -> None:
     assert (late.end, len(late.samples)) == ("deadline_exhausted", 2)
 
 
+def test_samples_that_fail_for_nothing_in_no_time_do_not_go_on_for_ever() -> None:
+    problem = Problem(workflow=Workflow(nodes=("a",)), estimates=Estimates(laws={"a": {"m": law([(0.0, 0.0, 0.0)])}}))
+
+    def attempts(clock: Clock) -> Attempt:
+        async def attempt(node: str, model: str, seed: int) -> Outcome:
+            return Outcome(success=False, cost=0.0)
+
+        return attempt
+
+    found = on_virtual_time(problem, seq(problem), attempts, 1.0, 1.0)
+    assert (found.end, found.spent, len(found.samples)) == ("stalled", 0.0, 10_000)
+
+
 def test_a_run_that_is_cancelled_leaves_nothing_behind() -> None:
     async def main(clock: VirtualClock) -> tuple[int, int]:
         problem = diamond()

@@ -15,12 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stretto.core.random import integers, uniform
+from stretto.core.random import uniform
 from stretto.workflow.portfolio.problem import Problem
 
 Codes = NDArray[np.int32]
 _FREE, _PICKED = 1, 2
 """Streams of the draws."""
+_SHUFFLED = 2**14
+"""Up to so many mixtures are shuffled; of more, some are drawn."""
 
 
 def candidates(
@@ -86,10 +88,12 @@ def _drawn(count: int, of: int, seed: int) -> list[int]:
 
 
 def _some(total: int, room: int, seed: int) -> NDArray[np.int64]:
-    """The numbers below `total`, or `room` distinct ones of them at random, ascending."""
+    """The numbers below `total`, or distinct ones of them at random, ascending: `room`, or a little fewer where a large
+    range has given some twice.
+    """
     if total <= room:
         return np.arange(total)
-    if total <= 2**20:
+    if total <= _SHUFFLED:
         order = np.argsort(uniform(seed, _PICKED, np.arange(total)), kind="stable")
         return np.sort(order[:room])
-    return np.unique(integers(seed, _PICKED, np.arange(room), min(total, 2**31)))
+    return np.unique((uniform(seed, _PICKED, np.arange(room)) * total).astype(np.int64))

@@ -14,7 +14,7 @@ from stretto.workflow.portfolio.laws import Law
 MAX_SAMPLES = 1024
 """Samples of one node that may be launched at once."""
 MAX_LAUNCHES = 10_000
-"""Launches after which a simulated run is given up."""
+"""Launches after which a run is given up: its samples fail, and take neither money nor time."""
 MONEY_SLACK = 1e-12
 """Share of the money at the start by which simulated launches may exceed it: what floating-point sums may be off."""
 

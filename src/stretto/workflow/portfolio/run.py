@@ -19,7 +19,7 @@ from stretto.workflow.portfolio.course import End
 from stretto.workflow.portfolio.ledger import Ledger
 from stretto.workflow.portfolio.outcome import Attempt, How, Outcome, Run, SampleRecord, sample_seed
 from stretto.workflow.portfolio.planner import Policy
-from stretto.workflow.portfolio.problem import Action, Launch, Problem
+from stretto.workflow.portfolio.problem import MAX_LAUNCHES, Action, Launch, Problem
 from stretto.workflow.portfolio.simulate import check_limits
 from stretto.workflow.portfolio.state import Flight, State
 
@@ -115,6 +115,8 @@ class _Driver:
             if ready := self.problem.workflow.ready(self._done, self.flying):
                 if self.now >= self.deadline_s:
                     return "deadline_exhausted"
+                if sum(self._launches.values()) >= MAX_LAUNCHES:
+                    return "stalled"
                 with self.clock.spend("plan", plan_s):
                     action = self.policy.plan(self._state())
                 self.plans += 1
