@@ -82,7 +82,7 @@ def _times(states: list[Met]) -> list[harness.Row]:
     for each in states:
         full = _full(each, 1024)
         times = interleave(
-            {"ours": lambda e=each: e.planner.plan(e.state), "full": lambda e=each, f=full: f.plan(e.state)}, rounds=3
+            {"ours": lambda e=each: e.planner.plan(e.state), "full": lambda e=each, f=full: f.plan(e.state)}, rounds=5
         )
         ours.append(times["ours"].median)
         ratios.append(times["full"].median / times["ours"].median)
