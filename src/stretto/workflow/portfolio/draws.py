@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from stretto.core.random import philox
+from stretto.core.random import Words, philox
 from stretto.workflow.portfolio.laws import Law
 from stretto.workflow.portfolio.problem import Rules
 
@@ -56,22 +56,22 @@ class Draws:
         self._seed = seed
         self._start = start
         self._count = count
-        self._words = lru_cache(maxsize=4096)(self._draw)
+        self._words = lru_cache(maxsize=1024)(self._draw)
 
-    def words(self, rollout: int, node: int, launch: int, count: int, *, in_flight: bool = False) -> Sequence[int]:
+    def words(self, rollout: int, node: int, launch: int, count: int, *, in_flight: bool = False) -> list[int]:
         """`count` words of a rollout for the samples of launch number `launch` of node number `node`."""
         table = self._words(node, launch, -(-count // 4), IN_FLIGHT if in_flight else 0)
-        return table[rollout - self._start][:count]
+        found: list[int] = table[rollout - self._start, :count].tolist()
+        return found
 
-    def _draw(self, node: int, launch: int, blocks: int, flag: int) -> list[list[int]]:
+    def _draw(self, node: int, launch: int, blocks: int, flag: int) -> Words:
         counter = np.empty((self._count, blocks, 4), dtype=np.uint32)
         counter[..., 0] = np.arange(self._start, self._start + self._count)[:, None]
         counter[..., 1] = launch
         counter[..., 2] = node
         counter[..., 3] = np.arange(blocks) | flag
         key = np.array([self._seed & 0xFFFFFFFF, self._seed >> 32 & 0xFFFFFFFF], dtype=np.uint32)
-        words: list[list[int]] = philox(counter, key).reshape(self._count, -1).tolist()
-        return words
+        return philox(counter, key).reshape(self._count, -1)
 
 
 def samples(law: Law, words: Sequence[int]) -> list[Sample]:

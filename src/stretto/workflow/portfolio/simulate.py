@@ -18,6 +18,9 @@ from stretto.workflow.portfolio.problem import Problem
 
 Watch = Callable[[Course], None]
 
+_TOGETHER = 64
+"""Trials whose luck is drawn at once."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Simulated:
@@ -62,11 +65,12 @@ def simulate(
     """
     check_limits(budget, deadline_s)
     require(trials >= 1, "trials", trials, ">= 1")
-    draws = Draws(seed, start=start, count=trials)
-    courses = [
-        play(problem, policy, begin(budget, deadline_s), luck(problem, draws, trial), clairvoyant=clairvoyant)
-        for trial in range(start, start + trials)
-    ]
+    courses = list[Course]()
+    for first in range(start, start + trials, _TOGETHER):
+        some = range(first, min(first + _TOGETHER, start + trials))
+        draws = Draws(seed, start=first, count=len(some))
+        fresh = begin(budget, deadline_s)
+        courses += [play(problem, policy, fresh, luck(problem, draws, t), clairvoyant=clairvoyant) for t in some]
     return Simulated(
         completed=np.array([course.end == "completed" for course in courses]),
         seconds=np.array([course.now_s for course in courses]),
