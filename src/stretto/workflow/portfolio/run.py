@@ -180,7 +180,7 @@ class _Driver:
             left = self.deadline_s - self.now
             tasks = [task for batch in self.flying.values() for task in batch.tasks]
             label = f"portfolio waits for samples of {', '.join(self.flying)}"
-            waiting = asyncio.ensure_future(_first_of(tasks, left if left < math.inf else None))
+            waiting = asyncio.ensure_future(_ends(tasks, left if left < math.inf else None, asyncio.FIRST_COMPLETED))
             await self.clock.wait(waiting, label)
             if self.now > self.deadline_s or not any(task.done() for task in tasks):
                 return False
@@ -233,17 +233,13 @@ class _Driver:
         for task in tasks:
             task.cancel()
         if tasks:
-            await _first_of(tasks, self.grace_s, all_of_them=True)
+            await _ends(tasks, self.grace_s, asyncio.ALL_COMPLETED)
         for batch in batches:
             for task in list(batch.tasks):
                 self._settle(batch, task, "cancelled")
             del self.flying[batch.launch.node]
 
 
-async def _first_of(tasks: list[asyncio.Task[Outcome]], seconds: float | None, *, all_of_them: bool = False) -> None:
-    """Wait until one of the tasks (or all) ended, or the seconds have passed."""
-    await asyncio.wait(
-        tasks,
-        timeout=seconds,
-        return_when=asyncio.ALL_COMPLETED if all_of_them else asyncio.FIRST_COMPLETED,
-    )
+async def _ends(tasks: list[asyncio.Task[Outcome]], seconds: float | None, which: str) -> None:
+    """Wait until the first or all of the tasks ended, as asyncio names it, or the seconds have passed."""
+    await asyncio.wait(tasks, timeout=seconds, return_when=which)
