@@ -28,8 +28,10 @@ def run(
     output: Path = typer.Option(Path("reports/run"), "--output", "-o", help="Folder for the report and the event log."),
     recheck: bool = typer.Option(False, "--recheck", help="Accept a plan that was made for another machine."),
     seed: int = typer.Option(0, "--seed", help="Added to the seeds of the job."),
-    budget: str | None = typer.Option(None, "--budget", help="Most money of a workflow: 0.30 USD."),
-    deadline: str | None = typer.Option(None, "--deadline", help="Most time of a workflow: 60 s, 2 min."),
+    budget: str | None = typer.Option(None, "--budget", help="Most money of a workflow or a portfolio: 0.30 USD."),
+    deadline: str | None = typer.Option(
+        None, "--deadline", help="Most time of a workflow or a portfolio: 60 s, 2 min."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print everything as one JSON document."),
 ) -> None:
     """Run a job here and show predicted beside measured. Ctrl-C ends cleanly with what is done."""
@@ -59,7 +61,7 @@ def within(job: Any, budget: str | None, deadline: str | None) -> Any:
     """
     if budget is None and deadline is None:
         return job
-    if job.kind != "workflow":
+    if job.kind not in ("workflow", "portfolio"):
         raise UserError(f"a {job.kind} job has neither budget nor deadline", right="leave out --budget and --deadline")
     from stretto.workflow.run import with_limits
 

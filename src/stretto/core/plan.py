@@ -86,6 +86,7 @@ class Prediction:
         assumed: one sentence: what had to be assumed, e.g. lengths of answers.
         phases: seconds of the critical path by phase.
         trace: the simulated run; left out where many plans are compared.
+        table: what people may want to read besides, line by line, under a heading.
     """
 
     metrics: Mapping[str, Metric]
@@ -93,6 +94,7 @@ class Prediction:
     assumed: str = ""
     phases: Mapping[str, float] = field(default_factory=dict)
     trace: Trace | None = None
+    table: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from stretto.core.clock import RealClock
 from stretto.core.durable import DurableLog
@@ -17,21 +17,21 @@ from stretto.core.plan import Context, Plan, Prediction, Result
 from stretto.workflow.job import WorkflowJob, amount, duration_s
 from stretto.workflow.literals import text_of
 from stretto.workflow.plan import WorkflowPlan
+from stretto.workflow.portfolio.job import PortfolioJob
 from stretto.workflow.predict import play
 from stretto.workflow.steps import Outcome, Steps, problem_of
 from stretto.workflow.tool import Tool, tools_by_name
 
+Limited = TypeVar("Limited", WorkflowJob, PortfolioJob)
 _POLL_S = 0.05
 _SHOWN_CHARACTERS = 400
 
 
-def with_limits(job: WorkflowJob, budget: str | float | None, deadline: str | float | None) -> WorkflowJob:
+def with_limits(job: Limited, budget: str | float | None, deadline: str | float | None) -> Limited:
     """The job within a budget (`"0.30 USD"`) and a deadline (`"60 s"`); None leaves the job's own."""
-    return replace(
-        job,
-        budget=job.budget if budget is None else amount(budget),
-        deadline_s=job.deadline_s if deadline is None else duration_s(deadline),
-    )
+    changed = {} if budget is None else {"budget": amount(budget)}
+    changed |= {} if deadline is None else {"deadline_s": duration_s(deadline)}
+    return replace(job, **changed)
 
 
 def run(

@@ -17,8 +17,10 @@ from stretto.core.plan import Context, Machines, Metric, Plan, Prediction, Progr
 from stretto.core.record import Recorder
 from stretto.core.statistics import Interval, bootstrap
 from stretto.core.trace import Key, Trace
+from stretto.workflow.portfolio.grid import forecast
 from stretto.workflow.portfolio.job import PortfolioJob, PortfolioPlan
 from stretto.workflow.portfolio.outcome import Run
+from stretto.workflow.portfolio.planner import MCPP
 from stretto.workflow.portfolio.run import run
 from stretto.workflow.portfolio.simulate import Simulated, simulate
 from stretto.workflow.portfolio.simulated import SimulatedAttempts
@@ -79,6 +81,7 @@ class PortfolioDomain:
             bottleneck=_bottleneck(found),
             assumed=f"samples do as the estimates say; {job.trials} simulated runs",
             trace=trace_of(_rehearsed(job, plan, _trial(found)), "simulated"),
+            table=_grid(job) if plan.policy == "mcpp" else "",
         )
 
     def prepare(self, job: PortfolioJob, cluster: Machines, progress: Progress) -> Machines:
@@ -146,6 +149,18 @@ def trace_of(found: Run, source: str) -> Trace:
         spent += sample.cost
         recorder.counter("USD spent", sample.end_s, spent)
     return recorder.trace()
+
+
+def _grid(job: PortfolioJob) -> str:
+    """How probably it would be finished with less and with more of both limits."""
+    if not (job.budget and job.deadline_s):
+        return ""
+    around = [(0.25, 0.5, 1.0, 2.0, 4.0), (0.5, 0.75, 1.0, 1.5, 3.0)]
+    budgets, deadlines_s = (
+        [limit * k for k in times] for limit, times in zip((job.budget, job.deadline_s), around, strict=True)
+    )
+    cells = forecast(MCPP(job.problem, levels=job.levels, seed=job.seed), budgets, deadlines_s)
+    return f"finished, at least, within a budget and a deadline:\n{cells.table('USD')}"
 
 
 def _trial(found: Simulated) -> int:
