@@ -29,9 +29,9 @@ _SHOWN_CHARACTERS = 400
 
 def with_limits(job: Limited, budget: str | float | None, deadline: str | float | None) -> Limited:
     """The job within a budget (`"0.30 USD"`) and a deadline (`"60 s"`); None leaves the job's own."""
-    changed = {} if budget is None else {"budget": amount(budget)}
-    changed |= {} if deadline is None else {"deadline_s": duration_s(deadline)}
-    return replace(job, **changed)
+    if budget is not None:
+        job = replace(job, budget=amount(budget))
+    return job if deadline is None else replace(job, deadline_s=duration_s(deadline))
 
 
 def run(
