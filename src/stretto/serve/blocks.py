@@ -50,6 +50,15 @@ class BlockPool:
         """The pages of `request` in the order of its positions; empty if it holds none."""
         return tuple(self._tables.get(request, ()))
 
+    def count(self, request: int) -> int:
+        """How many pages `request` holds."""
+        return len(self._tables.get(request, ()))
+
+    @property
+    def unused(self) -> int:
+        """Free pages that are not kept for their content."""
+        return len(self._free)
+
     def fits(self, tokens: int) -> bool:
         """Whether the empty pool can hold a request of so many positions."""
         return -(-tokens // self.page_tokens) <= self.pages
@@ -70,6 +79,22 @@ class BlockPool:
             self._tables.setdefault(request, []).extend(new)
             self._holders.update(new)
         return new
+
+    def lend(self, requests: Sequence[int]) -> list[int]:
+        """Give each of `requests`, which hold pages, one more page, in this order; a request may come twice."""
+        assert len(requests) <= len(self._free), f"{len(requests)} pages are lent, {len(self._free)} are unused"
+        pages = [self._free.popleft() for _ in requests]
+        for request, page in zip(requests, pages, strict=True):
+            self._tables[request].append(page)
+        self._holders.update(pages)
+        return pages
+
+    def hand_back(self, requests: Sequence[int]) -> None:
+        """Undo the last loans, which went to `requests` in this order, as if they had never been made."""
+        pages = [self._tables[request].pop() for request in reversed(requests)]
+        for page in pages:
+            del self._holders[page]
+        self._free.extendleft(pages)
 
     def knows(self, content: str) -> bool:
         """Whether a page is full of `content`."""

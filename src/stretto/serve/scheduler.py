@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from stretto.serve.blocks import BlockPool
 from stretto.serve.decision import Chunk, Decision
+from stretto.serve.horizon import Need, page_needs, within
 from stretto.serve.joining import JOININGS, Waiting
 from stretto.serve.slots import Reorder, SlotPool
 
@@ -42,6 +43,12 @@ class SchedulerConfig:
         preemption: what becomes of the pages of a request that is put back: "recompute", or "swap" to spare memory as
             long as there is room, with layout "pages".
         spare_pages: how many pages that memory holds.
+        prefill: "mixed" puts prompt chunks and decoding rows into one step; "whole" gives prompts steps of their own,
+            before any decoding, and never cuts one (vLLM's policy before chunking; a prompt longer than
+            `prefill_tokens` has a step to itself).
+        horizon: how long a decision of decoding rows alone holds: to the next "page" boundary of any of them, or until
+            the free pages run out ("shortage"). The pages of all those steps are then given out with the decision and
+            taken back if it ends early, so that steps are the same one by one.
     """
 
     joining: str
@@ -55,6 +62,8 @@ class SchedulerConfig:
     prefix_cache: bool = False
     preemption: Literal["recompute", "swap"] = "recompute"
     spare_pages: int = 0
+    prefill: Literal["mixed", "whole"] = "mixed"
+    horizon: Literal["page", "shortage"] = "page"
 
     @property
     def room(self) -> str:
@@ -122,6 +131,7 @@ class Scheduler:
         self.spare = BlockPool(pages=c.spare_pages, page_tokens=c.page_tokens) if swaps else None
         self.joining = JOININGS[c.joining](slots=c.slots, max_wait_s=c.max_wait_s)
         self._last = Decision()
+        self._ahead: list[Need] = []  # pages lent for later steps of the last decision: (step, request)
 
     # Events.
 
@@ -149,6 +159,7 @@ class Scheduler:
     def _on_ran(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
         steps, finished = event["steps"], set(event["finished"])
+        self._hand_back(steps)
         chunks = {chunk.id: chunk for chunk in self._last.prefill}
         decoded = set(self._last.decode)
         for request in self.running:
@@ -178,6 +189,7 @@ class Scheduler:
 
     def _on_lost(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
+        self._hand_back(0)
         self.pool.release_all()
         if self.spare is not None:
             self.spare.release_all()
@@ -213,12 +225,14 @@ class Scheduler:
             self._admit()
             swap_in = self._bring_back(grown)
         prefill = self._fill(grown)
-        decode = tuple(r.id for r in self.running if r.decoding)
+        alone = prefill and self.config.prefill == "whole"
+        decode = () if alone else tuple(r.id for r in self.running if r.decoding)
         if not prefill and not decode:
             assert not [*swap_out, *swap_in], "pages are to be copied, but there is no pass"
             self._last = Decision(preempted=preempted, idle_until=self._idle_until())
         else:
             moves, slots = self._close_holes()
+            steps = 1 if prefill else self._valid_steps(grown, far=not preempted)
             self._last = Decision(
                 prefill=prefill,
                 decode=decode,
@@ -226,7 +240,7 @@ class Scheduler:
                 preempted=preempted,
                 moves=moves,
                 slots=slots,
-                steps=1 if prefill else self._valid_steps(),
+                steps=steps,
                 swap_out=tuple(swap_out),
                 swap_in=tuple(swap_in),
             )
@@ -238,6 +252,8 @@ class Scheduler:
         copies: list[Copy] = []
         for request in by_urgency(self.running):
             if request.id in preempted or not request.decoding:
+                continue
+            if not self.pool.missing(request.id, request.length):
                 continue
             while not self.pool.can_allocate(request.id, request.length):
                 victim = max(reversed(self.running), key=lambda r: r.priority)
@@ -303,7 +319,7 @@ class Scheduler:
     def _fill(self, grown: dict[int, tuple[int, ...]]) -> tuple[Chunk, ...]:
         """Prompt chunks, urgent ones first, within the step's budget of prompt tokens and the free pages."""
         budget = self.config.prefill_tokens
-        chunks = []
+        chunks: list[Chunk] = []
         coming: set[str] = set()
         for request in by_urgency(self.running):
             if request.decoding or not budget:
@@ -315,6 +331,10 @@ class Scheduler:
                 shares = self._share(request, grown)
             left = request.length - request.computed
             count = min(left, budget)
+            if count < left and self.config.prefill == "whole":
+                if chunks:
+                    break
+                count = left
             if not self.pool.can_allocate(request.id, request.computed + count):
                 if shares:  # what it shares is of no use yet
                     del grown[request.id]
@@ -324,7 +344,7 @@ class Scheduler:
             self._allocate(request, request.computed + count, grown)
             chunks.append(Chunk(id=request.id, start=request.computed, count=count, last=count == left))
             coming.update(request.prefix[request.computed // self.config.page_tokens :])
-            budget -= count
+            budget = max(0, budget - count)
         return tuple(chunks)
 
     def _sees_coming(self, request: _Request, coming: set[str]) -> bool:
@@ -361,14 +381,29 @@ class Scheduler:
         if new:
             grown[request.id] = grown.get(request.id, ()) + new
 
-    def _valid_steps(self) -> int:
-        """Steps until a request that decodes reaches its limit or needs a new page; others wait for pages meanwhile."""
+    def _valid_steps(self, grown: dict[int, tuple[int, ...]], *, far: bool) -> int:
+        """Steps until a request that decodes reaches its limit or needs a page that is not there; others wait for pages
+        meanwhile, and so do newcomers, since pages only become fewer. `far` is false where nobody was let in for now.
+        """
         page = self.config.page_tokens
-        return min(
-            min(r.limit - r.produced, len(self.pool.table(r.id)) * page - r.length + 1)
-            for r in self.running
-            if r.decoding
-        )
+        decoders = [r for r in by_urgency(self.running) if r.decoding]
+        steps = min(r.limit - r.produced for r in decoders)
+        rooms = [self.pool.count(r.id) * page - r.length + 1 for r in decoders]
+        settled = not self.waiting or self.joining.steady
+        if self.config.horizon == "page" or not (far and settled):
+            return min(steps, *rooms)
+        steps, needs = within(page_needs(rooms, page, steps), self.pool.unused, steps)
+        self._ahead = [(step, decoders[index].id) for step, index in needs]
+        lent: dict[int, list[int]] = {}
+        for (_, request), new in zip(self._ahead, self.pool.lend([request for _, request in self._ahead]), strict=True):
+            lent.setdefault(request, []).append(new)
+        grown |= {request: grown.get(request, ()) + tuple(pages) for request, pages in lent.items()}
+        return steps
+
+    def _hand_back(self, done: int) -> None:
+        """Take back the pages of steps that were not carried out, as if they had never been given out."""
+        self.pool.hand_back([request for step, request in self._ahead if step > done])
+        self._ahead = []
 
     def _idle_until(self) -> float:
         wake = self.joining.wake_s(self._seen(), len(self.running))

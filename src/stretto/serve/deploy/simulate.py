@@ -1,0 +1,244 @@
+"""A deployment's load played iteration by iteration: the engine's own scheduler decides, `StepCosts` says the seconds.
+
+One scheduler a lane (a batch of one pipeline stage and attention replica); the lanes of a replica are in lock step, and
+a step of one lane is the plain engine. Requests are dealt round robin to replicas and lanes. While no batch changes,
+which the decisions themselves say, any number of steps is taken at once, whose seconds grow evenly. Exact: who is in
+which step, every length, every page. Approximate: seconds; stages follow each other in full cycles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from stretto.serve.decision import Decision
+from stretto.serve.deploy.costs import Lane, Parts, StepCosts
+from stretto.serve.deploy.load import Floats, Ints, Load
+from stretto.serve.scheduler import Scheduler, SchedulerConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """What became of each request, in the load's order, and what the machines did.
+
+    Attributes:
+        started_s: start of the step in which its prompt was begun.
+        first_s, finished_s: end of the steps of its first and of its last token.
+        parts: seconds by cause, summed over replicas.
+        makespan_s: when the last request was done.
+        steps: iterations, summed over replicas.
+        preempted: times that a request was put back.
+        most_pages: most KV pages in use at once in any lane, as a share of the lane's pages.
+    """
+
+    started_s: Floats
+    first_s: Floats
+    finished_s: Floats
+    parts: Parts
+    makespan_s: float
+    steps: int
+    preempted: int
+    most_pages: float
+
+
+class _LaneState:
+    """One scheduler and the requests that it is given."""
+
+    def __init__(self, config: SchedulerConfig, load: Load, mine: Ints) -> None:
+        self.scheduler = Scheduler(config)
+        self.ids: list[int] = mine.tolist()
+        self.arrivals: list[float] = load.arrival_s[mine].tolist()
+        self.came = 0
+        self.live = 0
+        self.most_pages = 0
+
+    @property
+    def next_arrival_s(self) -> float:
+        return self.arrivals[self.came] if self.came < len(self.arrivals) else math.inf
+
+    def take_arrivals(self, now_s: float, prompt: Sequence[int], output: Sequence[int]) -> None:
+        while self.came < len(self.ids) and self.arrivals[self.came] <= now_s:
+            request = self.ids[self.came]
+            self.scheduler.apply(
+                {
+                    "type": "arrive",
+                    "id": request,
+                    "at": self.arrivals[self.came],
+                    "prompt": prompt[request],
+                    "limit": output[request],
+                }
+            )
+            self.came += 1
+            self.live += 1
+            if self.came == len(self.ids):
+                self.scheduler.apply({"type": "close"})
+
+
+@dataclass
+class _Clock:
+    """Instants and sums that the replicas of one run write to."""
+
+    started_s: Floats
+    first_s: Floats
+    finished_s: Floats
+    parts: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    steps: int = 0
+
+
+def serve(load: Load, costs: StepCosts, config: SchedulerConfig) -> Served:
+    """Play `load` on all replicas.
+
+    Args:
+        config: of each lane's scheduler; its pages are those of one lane.
+
+    Raises:
+        ValueError: if a request can never fit into a lane's pages.
+    """
+    layout = costs.layout
+    config = replace(config, horizon="shortage")
+    blank = np.full(len(load), np.nan)
+    clock = _Clock(blank, blank.copy(), blank.copy())
+    lanes: list[_LaneState] = []
+    for mine in load.dealt(layout.replicas):
+        inside = [mine[first :: layout.lanes] for first in range(layout.lanes)]
+        replica = [_LaneState(config, load, own) for own in inside if len(own)]
+        _Replica(replica, costs, load, clock).run()
+        lanes += replica
+    return Served(
+        started_s=clock.started_s,
+        first_s=clock.first_s,
+        finished_s=clock.finished_s,
+        parts=Parts(*clock.parts),
+        makespan_s=float(clock.finished_s.max()),
+        steps=clock.steps,
+        preempted=sum(lane.scheduler.preemptions for lane in lanes),
+        most_pages=max(lane.most_pages for lane in lanes) / config.pages,
+    )
+
+
+class _Replica:
+    """The lanes of one model replica in lock step."""
+
+    def __init__(self, lanes: Sequence[_LaneState], costs: StepCosts, load: Load, clock: _Clock) -> None:
+        self.lanes = lanes
+        self.costs = costs
+        self.clock = clock
+        self.prompt: list[int] = load.prompt.tolist()
+        self.output: list[int] = load.output.tolist()
+        self.length = list(self.prompt)
+        self.left = list(self.output)
+
+    def run(self) -> None:
+        now = 0.0
+        while True:
+            for lane in self.lanes:
+                if lane.next_arrival_s <= now:
+                    lane.take_arrivals(now, self.prompt, self.output)
+            busy = [(lane, lane.scheduler.next_decision()) for lane in self.lanes if lane.live]
+            working = [(lane, decision) for lane, decision in busy if decision.idle_until is None]
+            arrival = min(lane.next_arrival_s for lane in self.lanes)
+            if working:
+                now = self._step(working, now, arrival)
+                continue
+            wake = min([arrival, *(decision.idle_until or 0.0 for _, decision in busy)])
+            if math.isinf(wake):
+                return
+            now = max(now, wake)
+            for lane, _ in busy:
+                lane.scheduler.apply({"type": "tick", "at": now})
+
+    def _step(self, working: Sequence[tuple[_LaneState, Decision]], now: float, arrival: float) -> float:
+        """Take as many steps as the decisions hold for, or until something arrives; returns when the last one ended."""
+        steps = min(decision.steps for _, decision in working)
+        shapes = [(lane, self._shape(decision)) for lane, decision in working]
+        first = self._cycle(shapes)
+        last = self._cycle([(lane, _later(shape, steps - 1)) for lane, shape in shapes]) if steps > 1 else first
+        slope = (last.total - first.total) / (steps - 1) if steps > 1 else 0.0
+        copied = sum(count for _, decision in working for _, _, count in (*decision.swap_out, *decision.swap_in))
+        begin = now + self.costs.copy_s(copied)
+        done = _steps_until(arrival - begin, first.total, slope, steps)
+        end = begin + done * first.total + slope * done * (done - 1) / 2
+        middle = (done - 1) / 2 / max(1, steps - 1)
+        for index in range(3):
+            self.clock.parts[index] += done * (first[index] + (last[index] - first[index]) * middle)
+        self.clock.parts[2] += begin - now
+        self.clock.steps += done
+        for lane, decision in working:
+            self._note(lane, decision, done, now, end)
+        return end
+
+    def _shape(self, decision: Decision) -> Lane:
+        decoders = len(decision.decode)
+        cached = sum(map(self.length.__getitem__, decision.decode))
+        if not decision.prefill:
+            return Lane(rows=decoders, tokens=decoders, sequences=decoders, decoders=decoders, cached=cached)
+        return Lane(
+            rows=decoders + sum(chunk.count for chunk in decision.prefill),
+            tokens=decoders + sum(chunk.last for chunk in decision.prefill),
+            sequences=decoders + len(decision.prefill),
+            decoders=decoders,
+            cached=cached,
+            prompt_s=sum(self.costs.prompt_attention_s(chunk.count, chunk.start) for chunk in decision.prefill),
+            eager=True,
+        )
+
+    def _cycle(self, shapes: Sequence[tuple[_LaneState, Lane]]) -> Parts:
+        """Lanes side by side are attention replicas of one group; groups are the batches of a pipeline."""
+        if len(self.lanes) == 1:
+            return self.costs.stage([shapes[0][1]])
+        each = self.costs.layout.attention_replicas
+        taken = dict(shapes)
+        lanes = [taken.get(lane, Lane()) for lane in self.lanes]
+        return self.costs.cycle([lanes[first : first + each] for first in range(0, len(lanes), each)])
+
+    def _note(self, lane: _LaneState, decision: Decision, done: int, now: float, end: float) -> None:
+        clock, left, length = self.clock, self.left, self.length
+        lane.most_pages = max(lane.most_pages, lane.scheduler.pool.held)
+        for chunk in decision.prefill:
+            if math.isnan(clock.started_s[chunk.id]):
+                clock.started_s[chunk.id] = now
+            if chunk.last:
+                if math.isnan(clock.first_s[chunk.id]):
+                    clock.first_s[chunk.id] = end
+                self._advance(lane, chunk.id, 1, end)
+        for request in decision.decode:
+            left[request] -= done
+            length[request] += done
+            if not left[request]:
+                clock.finished_s[request] = end
+                lane.live -= 1
+        lane.scheduler.apply({"type": "ran", "at": end, "steps": done, "finished": ()})
+
+    def _advance(self, lane: _LaneState, request: int, tokens: int, end: float) -> None:
+        self.left[request] -= tokens
+        self.length[request] += tokens
+        if not self.left[request]:
+            self.clock.finished_s[request] = end
+            lane.live -= 1
+
+
+def _later(lane: Lane, steps: int) -> Lane:
+    """The same rows so many steps later."""
+    return lane._replace(cached=lane.cached + steps * lane.decoders)
+
+
+def _steps_until(left_s: float, first_s: float, slope_s: float, most: int) -> int:
+    """The fewest steps, from 1 to `most`, that end no earlier than `left_s`; steps take first_s, first_s + slope_s, ...
+
+    >>> [_steps_until(left, 1.0, 0.5, 9) for left in (-1.0, 1.0, 1.1, 2.5, 1e9)]
+    [1, 1, 2, 2, 9]
+    """
+    if most == 1 or left_s <= first_s:
+        return 1
+    whole = most * first_s + slope_s * most * (most - 1) / 2
+    if whole <= left_s:
+        return most
+    linear = first_s - slope_s / 2
+    if abs(slope_s) < 1e-15 * first_s:
+        found = left_s / first_s
+    else:
+        found = (math.sqrt(linear * linear + 2 * slope_s * left_s) - linear) / slope_s
+    return min(max(1, math.ceil(found - 1e-9)), most)
