@@ -28,14 +28,13 @@ import numpy as np
 
 import harness
 from harness import Row
-from stretto.core.plan import Refusal
 from stretto.hardware import catalog
 from stretto.models.spec import ModelSpec, bytes_of
 from stretto.serve.deploy.costs import Lane, Machine, StepCosts, Types
 from stretto.serve.deploy.engines import EngineConstants, engine
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Load
-from stretto.serve.deploy.memory import pool_of
+from stretto.serve.deploy.memory import pool_pages
 from stretto.serve.deploy.planned import spec_of_config
 from stretto.serve.deploy.simulate import serve
 from stretto.serve.scheduler import SchedulerConfig
@@ -124,12 +123,12 @@ def costs_of(row: Measured, constants: EngineConstants) -> StepCosts:
 def simulated(row: Measured, constants: EngineConstants) -> Latency:
     """What the product says."""
     costs = costs_of(row, constants)
-    pool = pool_of(costs, memory_share=MEMORY_SHARE)
-    assert not isinstance(pool, Refusal), pool
+    pages = pool_pages(row.spec, row.layout, row.weights, "bf16", MACHINE, constants, MEMORY_SHARE)
+    assert pages > 0, f"{row.model} does not fit on {row.plan}"
     config = SchedulerConfig(
         joining="continuous",
         slots=constants.slots,
-        pages=pool,
+        pages=pages,
         page_tokens=constants.page_tokens,
         prefill_tokens=constants.prefill_tokens,
         prefill="whole",

@@ -12,12 +12,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import yaml
 
 from stretto.core.errors import FieldError, require
 
 POLICIES = ("whole", "chunked", "static")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedOn:
+    """What was measured when constants were fitted; figures of anything else are marked.
+
+    Attributes:
+        devices: types; weights: number types.
+        ranks: the fewest and the most tensor-parallel ranks.
+        sequences: the most that ran at once, on average.
+    """
+
+    devices: tuple[str, ...]
+    weights: tuple[str, ...]
+    ranks: tuple[int, int]
+    sequences: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +53,7 @@ class EngineConstants:
         memory_share: share of a device's memory that the engine takes.
         page_tokens: positions of a KV page.
         workspace_bytes: of each device, for activations and the runtime.
+        fitted_on: what was measured.
         source: where the constants are from.
     """
 
@@ -51,6 +69,7 @@ class EngineConstants:
     memory_share: float
     page_tokens: int
     workspace_bytes: float
+    fitted_on: FittedOn
     source: str
 
     def __post_init__(self) -> None:
@@ -66,7 +85,13 @@ class EngineConstants:
 def engines() -> Mapping[str, EngineConstants]:
     """All engines by name and version."""
     text = (files("stretto.serve.deploy") / "engines.yaml").read_text(encoding="utf-8")
-    return {name: EngineConstants(name=name, **fields) for name, fields in yaml.safe_load(text)["engines"].items()}
+    return {name: _constants(name, fields) for name, fields in yaml.safe_load(text)["engines"].items()}
+
+
+def _constants(name: str, fields: Mapping[str, Any]) -> EngineConstants:
+    listed: Mapping[str, Any] = fields["fitted_on"]
+    fitted: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()}
+    return EngineConstants(name=name, **{**fields, "fitted_on": FittedOn(**fitted)})
 
 
 def engine(name: str) -> EngineConstants:

@@ -1,24 +1,31 @@
-"""What fits: the weights of the fullest device, the pages that are left for keys and values, and what to change."""
+"""What a device holds: its share of the weights, the engine's workspace, and pages of keys and values in the rest."""
 
 from __future__ import annotations
 
-from stretto.core.plan import Refusal
-from stretto.serve.deploy.costs import StepCosts
-from stretto.serve.deploy.layout import device_weight_bytes, kv_bytes_per_token
+from stretto.models.spec import ModelSpec
+from stretto.serve.deploy.costs import Machine
+from stretto.serve.deploy.engines import EngineConstants
+from stretto.serve.deploy.layout import Layout, device_weight_bytes, kv_bytes_per_token
 
 
-def pool_of(costs: StepCosts, *, memory_share: float) -> int | Refusal:
-    """KV pages of one lane, or why the weights leave no room for any."""
-    spec, layout, engine = costs.spec, costs.layout, costs.engine
-    weights = device_weight_bytes(spec, layout, costs.types.weights)
-    page = engine.page_tokens * kv_bytes_per_token(spec, layout, costs.types.kv)
-    memory = costs.machine.device.memory_bytes * memory_share
-    pages = int((memory - engine.workspace_bytes - weights) // page) // layout.stages
-    if pages >= 1:
-        return pages
-    needed = weights + engine.workspace_bytes + page * layout.stages
-    reason = (
-        f"{needed / 1e9:.1f} GB a device ({weights / 1e9:.1f} GB of weights), of which it has {memory / 1e9:.1f} GB: "
-        f"{(needed - memory) / 1e9:.1f} GB too much"
-    )
-    return Refusal(reason=reason, nearest=f"{needed / memory:.2f} times as many devices a replica")
+def device_bytes(
+    spec: ModelSpec, layout: Layout, weights: str, kv: str, constants: EngineConstants, tokens: int
+) -> float:
+    """Bytes of the fullest device with keys and values of so many positions."""
+    cached = tokens * kv_bytes_per_token(spec, layout, kv)
+    return constants.workspace_bytes + device_weight_bytes(spec, layout, weights) + cached
+
+
+def pool_pages(
+    spec: ModelSpec,
+    layout: Layout,
+    weights: str,
+    kv: str,
+    machine: Machine,
+    constants: EngineConstants,
+    memory_share: float,
+) -> int:
+    """KV pages of one lane; the batches of a pipeline share them equally. Negative where the weights do not fit."""
+    free = machine.device.memory_bytes * memory_share - device_bytes(spec, layout, weights, kv, constants, 0)
+    page = constants.page_tokens * kv_bytes_per_token(spec, layout, kv)
+    return int(free // page) // layout.stages if free >= 0 else -1

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from stretto.core.record import Recorder
+from stretto.core.trace import Key
 from stretto.serve.decision import Decision
 from stretto.serve.deploy.costs import Lane, Parts, StepCosts
 from stretto.serve.deploy.load import Floats, Ints, Load
@@ -88,11 +90,12 @@ class _Clock:
     steps: int = 0
 
 
-def serve(load: Load, costs: StepCosts, config: SchedulerConfig) -> Served:
+def serve(load: Load, costs: StepCosts, config: SchedulerConfig, *, recorder: Recorder | None = None) -> Served:
     """Play `load` on all replicas.
 
     Args:
         config: of each lane's scheduler; its pages are those of one lane.
+        recorder: where spans go: of each replica, one for each stretch of steps without a change.
 
     Raises:
         ValueError: if a request can never fit into a lane's pages.
@@ -102,10 +105,11 @@ def serve(load: Load, costs: StepCosts, config: SchedulerConfig) -> Served:
     blank = np.full(len(load), np.nan)
     clock = _Clock(blank, blank.copy(), blank.copy())
     lanes: list[_LaneState] = []
-    for mine in load.dealt(layout.replicas):
+    for number, mine in enumerate(load.dealt(layout.replicas)):
         inside = [mine[first :: layout.lanes] for first in range(layout.lanes)]
         replica = [_LaneState(config, load, own) for own in inside if len(own)]
-        _Replica(replica, costs, load, clock).run()
+        if replica:
+            _Replica(f"replica {number}", replica, costs, load, clock, recorder).run()
         lanes += replica
     return Served(
         started_s=clock.started_s,
@@ -122,7 +126,17 @@ def serve(load: Load, costs: StepCosts, config: SchedulerConfig) -> Served:
 class _Replica:
     """The lanes of one model replica in lock step."""
 
-    def __init__(self, lanes: Sequence[_LaneState], costs: StepCosts, load: Load, clock: _Clock) -> None:
+    def __init__(
+        self,
+        name: str,
+        lanes: Sequence[_LaneState],
+        costs: StepCosts,
+        load: Load,
+        clock: _Clock,
+        recorder: Recorder | None,
+    ) -> None:
+        self.name = name
+        self.recorder = recorder
         self.lanes = lanes
         self.costs = costs
         self.clock = clock
@@ -166,6 +180,9 @@ class _Replica:
             self.clock.parts[index] += done * (first[index] + (last[index] - first[index]) * middle)
         self.clock.parts[2] += begin - now
         self.clock.steps += done
+        if self.recorder is not None:
+            phase = "prefill" if any(decision.prefill for _, decision in working) else "decode"
+            self.recorder.span(self.name, now, end, Key(phase, step=self.clock.steps))
         for lane, decision in working:
             self._note(lane, decision, done, now, end)
         return end
