@@ -9,7 +9,7 @@ which one page is as long as the longest request.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from stretto.core.errors import require
 
@@ -32,7 +32,7 @@ class BlockPool:
         self._free: deque[int] = deque(range(pages))
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._tables: dict[int, list[int]] = {}
-        self._holders: Counter[int] = Counter()
+        self._holders: dict[int, int] = {}
         self._content: dict[int, str] = {}
         self._page_of: dict[str, int] = {}
         self._given_up: OrderedDict[str, None] = OrderedDict()
@@ -50,9 +50,10 @@ class BlockPool:
         """The pages of `request` in the order of its positions; empty if it holds none."""
         return tuple(self._tables.get(request, ()))
 
-    def count(self, request: int) -> int:
-        """How many pages `request` holds."""
-        return len(self._tables.get(request, ()))
+    @property
+    def tables(self) -> Mapping[int, Sequence[int]]:
+        """The pages of all requests that hold any, to be read and not kept."""
+        return self._tables
 
     @property
     def unused(self) -> int:
@@ -77,7 +78,7 @@ class BlockPool:
         new = tuple(self._take() for _ in range(count))
         if new:
             self._tables.setdefault(request, []).extend(new)
-            self._holders.update(new)
+            self._holders.update(dict.fromkeys(new, 1))
         return new
 
     def lend(self, requests: Sequence[int]) -> list[int]:
@@ -86,7 +87,7 @@ class BlockPool:
         pages = [self._free.popleft() for _ in requests]
         for request, page in zip(requests, pages, strict=True):
             self._tables[request].append(page)
-        self._holders.update(pages)
+        self._holders.update(dict.fromkeys(pages, 1))
         return pages
 
     def hand_back(self, requests: Sequence[int]) -> None:
@@ -115,7 +116,7 @@ class BlockPool:
             found.append(page)
         for page in found:
             self._kept.pop(page, None)
-        self._holders.update(found)
+            self._holders[page] = self._holders.get(page, 0) + 1
         if found:
             self._tables[request] = found
         return tuple(found)
@@ -133,10 +134,10 @@ class BlockPool:
         for page in reversed(
             self._tables.pop(request, [])
         ):  # so that the end of a text is given up before its beginning
-            self._holders[page] -= 1
-            if self._holders[page]:
+            others = self._holders.pop(page) - 1
+            if others:
+                self._holders[page] = others
                 continue
-            del self._holders[page]
             if page in self._content:
                 self._kept[page] = None
             else:

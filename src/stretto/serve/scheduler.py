@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 from stretto.serve.blocks import BlockPool
@@ -76,7 +77,8 @@ class SchedulerConfig:
 @dataclass(slots=True)
 class _Request:
     """One live request. `computed` positions have their KV, in its pages or in spare ones; `produced` tokens are out;
-    its text is `prompt + produced` long; `prefix` has a hash for each full page of its prompt.
+    its text is `prompt + produced` long; `prefix` has a hash for each full page of its prompt; `seen` is what joining
+    policies see of it.
     """
 
     id: int
@@ -87,6 +89,12 @@ class _Request:
     priority: int = 0
     produced: int = 0
     computed: int = 0
+    seen: Waiting = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seen = Waiting(
+            id=self.id, arrived_s=self.arrived_s, prompt=self.prompt, limit=self.limit, priority=self.priority
+        )
 
     @property
     def length(self) -> int:
@@ -99,7 +107,7 @@ class _Request:
 
 def by_urgency(requests: Sequence[_Request]) -> list[_Request]:
     """The urgent ones first, equals in the order given."""
-    return sorted(requests, key=lambda request: request.priority)
+    return sorted(requests, key=attrgetter("priority"))
 
 
 @dataclass
@@ -163,15 +171,15 @@ class Scheduler:
         chunks = {chunk.id: chunk for chunk in self._last.prefill}
         decoded = set(self._last.decode)
         for request in self.running:
-            chunk = chunks.get(request.id)
-            if chunk is not None:
+            if request.id in decoded:
+                request.computed += steps
+                request.produced += steps
+            elif request.id in chunks:
+                chunk = chunks[request.id]
                 self._note_filled(request, request.computed, request.computed + chunk.count)
                 request.computed += chunk.count
                 request.produced += chunk.last
-            elif request.id in decoded:
-                request.computed += steps
-                request.produced += steps
-        self._drop({r.id for r in self.running if r.id in finished or r.produced >= r.limit})
+        self._drop({r.id for r in self.running if r.produced >= r.limit or r.id in finished})
 
     def _note_filled(self, request: _Request, start: int, end: int) -> None:
         """Pages of the prompt that positions start .. end-1 made full can be shared from now on."""
@@ -205,6 +213,8 @@ class Scheduler:
         self.now_s = max(self.now_s, event["at"])
 
     def _drop(self, ids: set[int]) -> None:
+        if not ids:
+            return
         for request in self.running:
             if request.id in ids:
                 self.pool.release(request.id)
@@ -219,20 +229,24 @@ class Scheduler:
     def next_decision(self) -> Decision:
         """What to do now. Changes the state: joins, page tables and preemptions are settled here."""
         grown: dict[int, tuple[int, ...]] = {}
-        preempted, swap_out = self._grow_decoders(grown)
+        decoders = self._decoders()
+        preempted, swap_out = self._grow(decoders, grown)
         swap_in: list[Copy] = []
         if not preempted:
-            self._admit()
+            self._admit([r for r in self.running if not r.decoding] if len(decoders) < len(self.running) else [])
             swap_in = self._bring_back(grown)
-        prefill = self._fill(grown)
-        alone = prefill and self.config.prefill == "whole"
-        decode = () if alone else tuple(r.id for r in self.running if r.decoding)
+        if preempted or len(decoders) < len(self.running):
+            prefill = self._fill(grown)
+            decoders = [] if prefill and self.config.prefill == "whole" else self._decoders()
+        else:
+            prefill = ()
+        decode = tuple(r.id for r in decoders)
         if not prefill and not decode:
             assert not [*swap_out, *swap_in], "pages are to be copied, but there is no pass"
             self._last = Decision(preempted=preempted, idle_until=self._idle_until())
         else:
             moves, slots = self._close_holes()
-            steps = 1 if prefill else self._valid_steps(grown, far=not preempted)
+            steps = 1 if prefill else self._valid_steps(decoders, grown, far=not preempted)
             self._last = Decision(
                 prefill=prefill,
                 decode=decode,
@@ -246,14 +260,18 @@ class Scheduler:
             )
         return self._last
 
-    def _grow_decoders(self, grown: dict[int, tuple[int, ...]]) -> tuple[tuple[int, ...], list[Copy]]:
+    def _decoders(self) -> list[_Request]:
+        return [r for r in self.running if r.computed == r.prompt + r.produced - 1 and r.produced]
+
+    def _grow(
+        self, decoders: Sequence[_Request], grown: dict[int, tuple[int, ...]]
+    ) -> tuple[tuple[int, ...], list[Copy]]:
         """Give each decoding request the page for its next position, taking from the least urgent when none is free."""
         preempted: list[int] = []
         copies: list[Copy] = []
-        for request in by_urgency(self.running):
-            if request.id in preempted or not request.decoding:
-                continue
-            if not self.pool.missing(request.id, request.length):
+        tables, page = self.pool.tables, self.config.page_tokens
+        for request in by_urgency([r for r in decoders if len(tables[r.id]) * page < r.prompt + r.produced]):
+            if request.id in preempted:
                 continue
             while not self.pool.can_allocate(request.id, request.length):
                 victim = max(reversed(self.running), key=lambda r: r.priority)
@@ -301,12 +319,13 @@ class Scheduler:
         left = range(request.computed, 0, -page)
         return [(source, target, min(page, n)) for source, target, n in zip(sources, targets, left, strict=False)]
 
-    def _admit(self) -> None:
+    def _admit(self, beginning: Sequence[_Request]) -> None:
+        """Let in whom the policy chooses, while there are pages for them beside those that the beginners still need."""
         if not self.waiting or len(self.running) >= self.config.slots:
             return
         chosen = self.joining.join(self._seen(), len(self.running), self.now_s, self.closed)
         by_id = {r.id: r for r in self.waiting}
-        promised = sum(self.pool.missing(r.id, r.length) for r in self.running)
+        promised = sum(self.pool.missing(r.id, r.length) for r in beginning)
         admitted = set()
         for request in (by_id[i] for i in chosen):
             promised += self.pool.missing(request.id, request.length)
@@ -381,14 +400,14 @@ class Scheduler:
         if new:
             grown[request.id] = grown.get(request.id, ()) + new
 
-    def _valid_steps(self, grown: dict[int, tuple[int, ...]], *, far: bool) -> int:
+    def _valid_steps(self, decoders: Sequence[_Request], grown: dict[int, tuple[int, ...]], *, far: bool) -> int:
         """Steps until a request that decodes reaches its limit or needs a page that is not there; others wait for pages
         meanwhile, and so do newcomers, since pages only become fewer. `far` is false where nobody was let in for now.
         """
-        page = self.config.page_tokens
-        decoders = [r for r in by_urgency(self.running) if r.decoding]
-        steps = min(r.limit - r.produced for r in decoders)
-        rooms = [self.pool.count(r.id) * page - r.length + 1 for r in decoders]
+        tables, page = self.pool.tables, self.config.page_tokens
+        decoders = by_urgency(decoders)
+        steps = min([r.limit - r.produced for r in decoders])
+        rooms = [len(tables[r.id]) * page - r.prompt - r.produced + 1 for r in decoders]
         settled = not self.waiting or self.joining.steady
         if self.config.horizon == "page" or not (far and settled):
             return min(steps, *rooms)
@@ -411,10 +430,7 @@ class Scheduler:
 
     def _seen(self) -> list[Waiting]:
         """Who waits, as joining policies see it."""
-        return [
-            Waiting(id=r.id, arrived_s=r.arrived_s, prompt=r.prompt, limit=r.limit, priority=r.priority)
-            for r in self.waiting
-        ]
+        return [r.seen for r in self.waiting]
 
     def audit(self) -> None:
         """Check the pools, and that spare pages are held by those alone who wait for them, whole."""

@@ -24,8 +24,10 @@ from stretto.serve.deploy.job import Slo
 from stretto.serve.deploy.load import Floats, Load
 from stretto.serve.deploy.simulate import Served
 
-_MOST_AMPLIFIED = 10.0
-"""How many times a relative error of the seconds of a step may grow in a queue that is nearly saturated."""
+_AMPLIFIED = 10.0
+"""How many times a relative error of the seconds of a step grows where waiting is all of the time to first token: near
+saturation a queue is the small difference of what comes and what is served.
+"""
 OUTSIDE = 2.0
 """How many times wider intervals are outside what the engine's constants were fitted on."""
 
@@ -115,7 +117,8 @@ def metrics(
     layout, device = costs.layout, costs.machine.device.name
     busy = min(1.0, served.parts.total / (layout.replicas * served.makespan_s))
     wide = costs.spread(served.parts) * (OUTSIDE if outside(costs, costs.engine) else 1.0)
-    queued = min(wide * min(_MOST_AMPLIFIED, 1 / max(1 - busy, 1e-3)), 1e3)
+    waiting = float(np.mean(seconds.queue)) - served.parts.total / served.steps  # beyond the step that was under way
+    queued = wide * (1 + (_AMPLIFIED - 1) * min(1.0, max(0.0, waiting / float(np.mean(seconds.first)))))
     tokens = float(load.output.sum())
     last = float(load.arrival_s[-1])
     tail = served.makespan_s - last

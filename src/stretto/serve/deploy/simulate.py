@@ -47,7 +47,10 @@ class Served:
 
 
 class _LaneState:
-    """One scheduler and the requests that it is given."""
+    """One scheduler, the requests that it is given, and its decision as long as that holds.
+
+    `taken` of the decision's steps have been carried out and `left` are to come; `shape` is the next one.
+    """
 
     def __init__(self, config: SchedulerConfig, load: Load, mine: Ints) -> None:
         self.scheduler = Scheduler(config)
@@ -56,6 +59,10 @@ class _LaneState:
         self.came = 0
         self.live = 0
         self.most_pages = 0
+        self.decision: Decision | None = None
+        self.shape = Lane()
+        self.taken = self.left = 0
+        self.idle_until = math.inf
 
     @property
     def next_arrival_s(self) -> float:
@@ -149,43 +156,61 @@ class _Replica:
         now = 0.0
         while True:
             for lane in self.lanes:
-                if lane.next_arrival_s <= now:
+                if lane.next_arrival_s <= now or lane.idle_until <= now:
+                    self._settle(lane, now)
                     lane.take_arrivals(now, self.prompt, self.output)
-            busy = [(lane, lane.scheduler.next_decision()) for lane in self.lanes if lane.live]
-            working = [(lane, decision) for lane, decision in busy if decision.idle_until is None]
-            arrival = min(lane.next_arrival_s for lane in self.lanes)
+                if lane.decision is None and lane.live:
+                    self._decide(lane, now)
+            working = [lane for lane in self.lanes if lane.decision is not None]
+            arrival = min([lane.next_arrival_s for lane in self.lanes])
             if working:
                 now = self._step(working, now, arrival)
                 continue
-            wake = min([arrival, *(decision.idle_until or 0.0 for _, decision in busy)])
+            wake = min([arrival, *(lane.idle_until for lane in self.lanes)])
             if math.isinf(wake):
                 return
             now = max(now, wake)
-            for lane, _ in busy:
-                lane.scheduler.apply({"type": "tick", "at": now})
 
-    def _step(self, working: Sequence[tuple[_LaneState, Decision]], now: float, arrival: float) -> float:
-        """Take as many steps as the decisions hold for, or until something arrives; returns when the last one ended."""
-        steps = min(decision.steps for _, decision in working)
-        shapes = [(lane, self._shape(decision)) for lane, decision in working]
-        first = self._cycle(shapes)
-        last = self._cycle([(lane, _later(shape, steps - 1)) for lane, shape in shapes]) if steps > 1 else first
+    def _decide(self, lane: _LaneState, now: float) -> None:
+        """Ask the lane's scheduler what to do from now on."""
+        lane.scheduler.apply({"type": "tick", "at": now})
+        decision = lane.scheduler.next_decision()
+        lane.idle_until = math.inf if decision.idle_until is None else decision.idle_until
+        if decision.idle_until is None:
+            lane.decision, lane.shape = decision, self._shape(decision)
+            lane.taken, lane.left = 0, decision.steps
+            lane.most_pages = max(lane.most_pages, lane.scheduler.pool.held)
+
+    def _step(self, working: Sequence[_LaneState], now: float, arrival: float) -> float:
+        """Take as many steps as all decisions hold for, or until something arrives; returns when the last one ended."""
+        steps = min([lane.left for lane in working])
+        first = last = self._cycle(0)
+        if steps > 1:
+            last = self._cycle(steps - 1)
         slope = (last.total - first.total) / (steps - 1) if steps > 1 else 0.0
-        copied = sum(count for _, decision in working for _, _, count in (*decision.swap_out, *decision.swap_in))
-        begin = now + self.costs.copy_s(copied)
+        begin = now + self.costs.copy_s(sum(_copied(lane.decision) for lane in working if not lane.taken))
         done = _steps_until(arrival - begin, first.total, slope, steps)
         end = begin + done * first.total + slope * done * (done - 1) / 2
+        self._add_up(first, last, done, steps, begin - now)
+        if self.recorder is not None:
+            phase = "prefill" if any(lane.shape.eager for lane in working) else "decode"
+            self.recorder.span(self.name, now, end, Key(phase, step=self.clock.steps))
+        for lane in working:
+            lane.taken += done
+            lane.left -= done
+            lane.shape = _later(lane.shape, done)
+            if lane.decision is not None and lane.decision.prefill:
+                self._start(lane.decision, now)
+            if not lane.left:
+                self._settle(lane, end)
+        return end
+
+    def _add_up(self, first: Parts, last: Parts, done: int, steps: int, copying_s: float) -> None:
         middle = (done - 1) / 2 / max(1, steps - 1)
         for index in range(3):
             self.clock.parts[index] += done * (first[index] + (last[index] - first[index]) * middle)
-        self.clock.parts[2] += begin - now
+        self.clock.parts[1] += copying_s
         self.clock.steps += done
-        if self.recorder is not None:
-            phase = "prefill" if any(decision.prefill for _, decision in working) else "decode"
-            self.recorder.span(self.name, now, end, Key(phase, step=self.clock.steps))
-        for lane, decision in working:
-            self._note(lane, decision, done, now, end)
-        return end
 
     def _shape(self, decision: Decision) -> Lane:
         decoders = len(decision.decode)
@@ -202,39 +227,50 @@ class _Replica:
             eager=True,
         )
 
-    def _cycle(self, shapes: Sequence[tuple[_LaneState, Lane]]) -> Parts:
-        """Lanes side by side are attention replicas of one group; groups are the batches of a pipeline."""
-        if len(self.lanes) == 1:
-            return self.costs.stage([shapes[0][1]])
+    def _cycle(self, later: int) -> Parts:
+        """The step that comes so many steps later. Lanes side by side are attention replicas of one group; groups are
+        the batches of a pipeline.
+        """
+        shapes = [_later(lane.shape, later) if lane.decision is not None else _IDLE for lane in self.lanes]
+        if len(shapes) == 1:
+            return self.costs.stage(shapes)
         each = self.costs.layout.attention_replicas
-        taken = dict(shapes)
-        lanes = [taken.get(lane, Lane()) for lane in self.lanes]
-        return self.costs.cycle([lanes[first : first + each] for first in range(0, len(lanes), each)])
+        return self.costs.cycle([shapes[first : first + each] for first in range(0, len(shapes), each)])
 
-    def _note(self, lane: _LaneState, decision: Decision, done: int, now: float, end: float) -> None:
-        clock, left, length = self.clock, self.left, self.length
-        lane.most_pages = max(lane.most_pages, lane.scheduler.pool.held)
+    def _start(self, decision: Decision, now: float) -> None:
         for chunk in decision.prefill:
-            if math.isnan(clock.started_s[chunk.id]):
-                clock.started_s[chunk.id] = now
+            if math.isnan(self.clock.started_s[chunk.id]):
+                self.clock.started_s[chunk.id] = now
+
+    def _settle(self, lane: _LaneState, end: float) -> None:
+        """The lane's decision ends here, after the steps that were taken: note who got what, tell the scheduler."""
+        decision, taken = lane.decision, lane.taken
+        lane.decision = None
+        if decision is None:
+            return
+        for chunk in decision.prefill:
             if chunk.last:
-                if math.isnan(clock.first_s[chunk.id]):
-                    clock.first_s[chunk.id] = end
+                if math.isnan(self.clock.first_s[chunk.id]):
+                    self.clock.first_s[chunk.id] = end
                 self._advance(lane, chunk.id, 1, end)
         for request in decision.decode:
-            left[request] -= done
-            length[request] += done
-            if not left[request]:
-                clock.finished_s[request] = end
-                lane.live -= 1
-        lane.scheduler.apply({"type": "ran", "at": end, "steps": done, "finished": ()})
+            self._advance(lane, request, taken, end)
+        lane.scheduler.apply({"type": "ran", "at": end, "steps": taken, "finished": ()})
 
     def _advance(self, lane: _LaneState, request: int, tokens: int, end: float) -> None:
-        self.left[request] -= tokens
         self.length[request] += tokens
+        self.left[request] -= tokens
         if not self.left[request]:
             self.clock.finished_s[request] = end
             lane.live -= 1
+
+
+_IDLE = Lane()
+
+
+def _copied(decision: Decision | None) -> int:
+    """Positions that a decision's swaps copy."""
+    return 0 if decision is None else sum(count for _, _, count in (*decision.swap_out, *decision.swap_in))
 
 
 def _later(lane: Lane, steps: int) -> Lane:
