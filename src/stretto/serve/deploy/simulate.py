@@ -109,6 +109,12 @@ def serve(load: Load, costs: StepCosts, config: SchedulerConfig, *, recorder: Re
     """
     layout = costs.layout
     config = replace(config, horizon="shortage")
+    longest = int(np.argmax(load.prompt + load.output))
+    positions = int(load.prompt[longest] + load.output[longest]) - 1
+    if positions > config.pages * config.page_tokens:
+        raise ValueError(
+            f"request {longest}: {positions} positions do not fit into {config.pages} pages of {config.page_tokens}"
+        )
     blank = np.full(len(load), np.nan)
     clock = _Clock(blank, blank.copy(), blank.copy())
     lanes: list[_LaneState] = []
