@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -129,3 +132,55 @@ def test_needs_equal_counting_step_by_step(rooms: list[int], page: int, steps: i
     else:
         step = steps + 1
     assert (found, list(needs)) == (step - 1, taken)
+
+
+def decided(seed: int) -> list[str]:
+    """Decisions of a scheduler of before there were horizons and policies for prompts, on a load of this seed."""
+    draw = random.Random(seed)
+    page = draw.choice([1, 7, 16])
+    scheduler = Scheduler(
+        SchedulerConfig(
+            joining=draw.choice(["continuous", "dynamic", "shortest", "static"]),
+            slots=draw.randint(1, 6),
+            pages=-(-100 // page) + draw.randint(0, 20),
+            page_tokens=page,
+            prefill_tokens=draw.randint(1, 64),
+            prefix_cache=True,
+            preemption=draw.choice(["recompute", "swap"]),
+            spare_pages=draw.randint(0, 20),
+        )
+    )
+    now, came, texts = 0.0, 0, []
+    while came < 20 or scheduler.running or scheduler.waiting:
+        while came < 20 and (draw.random() < 0.4 or not (scheduler.running or scheduler.waiting)):
+            prompt = draw.randint(1, 60)
+            prefix = [f"{draw.randint(0, 1)}/{i}" for i in range(prompt // page)]
+            event = {"type": "arrive", "id": came, "at": now, "prompt": prompt, "limit": draw.randint(1, 40)}
+            scheduler.apply(event | {"prefix": prefix, "priority": draw.randint(-1, 1)})
+            came += 1
+        if came == 20 and not scheduler.closed:
+            scheduler.apply({"type": "close"})
+        decision = scheduler.decide()
+        texts.append(json.dumps(decision))
+        now += 1.0
+        if decision["idle_until"] is None:
+            done = draw.randint(1, decision["steps"])
+            finished = [i for i in decision["decode"] if draw.random() < 0.02]
+            scheduler.apply({"type": "ran", "at": now, "steps": done, "finished": finished})
+        else:
+            scheduler.apply({"type": "tick", "at": now})
+        if draw.random() < 0.02 and scheduler.running:
+            scheduler.apply({"type": "cancel", "id": scheduler.running[0].id})
+        if draw.random() < 0.01:
+            scheduler.apply({"type": "lost", "at": now})
+    return texts
+
+
+def test_what_was_decided_before_is_decided_still() -> None:
+    """The digest was taken at commit cbd78e0, so logs of that day replay."""
+    texts = [text for seed in range(60) for text in decided(seed)]
+    assert len(texts) == 8219
+    digest = hashlib.sha256()
+    for seed in range(60):
+        digest.update("\n".join(decided(seed)).encode())
+    assert digest.hexdigest()[:24] == "fc80deb3bc1db59abc095592"

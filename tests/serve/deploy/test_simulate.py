@@ -53,9 +53,7 @@ def test_a_lone_request_is_its_prompt_and_its_steps() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("policy", ["whole", "mixed"])
-def test_tokens_are_conserved_and_pages_come_back(
-    layout: Layout, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_are_conserved_and_pages_come_back(layout: Layout, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Scheduler] = []
     given_out: list[int] = []
 
@@ -225,7 +223,10 @@ def _free_prompts(of: StepCosts, *, beyond: int) -> StepCosts:
     free = costs(constants=SLOW_PROMPTS)
     plain = free.stage
     free.stage = lambda lanes: plain(  # type: ignore[method-assign]
-        [lane._replace(rows=1, eager=False) if lane.eager and lane.rows > beyond * lane.sequences else lane for lane in lanes]
+        [
+            lane._replace(rows=1, eager=False) if lane.eager and lane.rows > beyond * lane.sequences else lane
+            for lane in lanes
+        ]
     )
     return free
 
