@@ -9,15 +9,17 @@ which step, every length, every page. Approximate: seconds; stages follow each o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
 from stretto.serve.decision import Decision
-from stretto.serve.deploy.costs import Lane, Parts, StepCosts
+from stretto.serve.deploy.costs import Lane, Parts
+from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Floats, Ints, Load
 from stretto.serve.scheduler import Scheduler, SchedulerConfig
 
@@ -44,6 +46,26 @@ class Served:
     steps: int
     preempted: int
     most_pages: float
+
+
+class Costs(Protocol):
+    """Seconds of the steps of one replica; see `StepCosts`, which has them for machines that are not here."""
+
+    @property
+    def layout(self) -> Layout:
+        """How the model is laid out."""
+
+    def prompt_attention_s(self, new: int, cached: int) -> float:
+        """What `Lane.prompt_s` is for a chunk of `new` rows behind `cached` positions."""
+
+    def copy_s(self, positions: int) -> float:
+        """Copying the keys and values of so many positions to or from the host's memory."""
+
+    def stage(self, lanes: Sequence[Lane]) -> Parts:
+        """One stage's part of a step of its attention replicas' lanes."""
+
+    def cycle(self, groups: Iterable[Sequence[Lane]]) -> Parts:
+        """A step of every group of a pipeline."""
 
 
 class _LaneState:
@@ -97,7 +119,7 @@ class _Clock:
     steps: int = 0
 
 
-def serve(load: Load, costs: StepCosts, config: SchedulerConfig, *, recorder: Recorder | None = None) -> Served:
+def serve(load: Load, costs: Costs, config: SchedulerConfig, *, recorder: Recorder | None = None) -> Served:
     """Play `load` on all replicas.
 
     Args:
@@ -143,7 +165,7 @@ class _Replica:
         self,
         name: str,
         lanes: Sequence[_LaneState],
-        costs: StepCosts,
+        costs: Costs,
         load: Load,
         clock: _Clock,
         recorder: Recorder | None,
