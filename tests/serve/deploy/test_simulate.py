@@ -51,6 +51,22 @@ def test_a_lone_request_is_its_prompt_and_its_steps() -> None:
     assert served.steps == output
 
 
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("attention", [1, 2])
+def test_a_lone_request_passes_every_stage(stages: int, attention: int) -> None:
+    """Lanes without a request neither vanish nor shift the others."""
+    layout = Layout(stages=stages, devices=2, attention_replicas=attention)
+    of, load_ = costs(layout), load([0.0], [300], [20])
+    idle = [Lane()] * (attention - 1)
+    first = Lane(rows=300, tokens=1, sequences=1, prompt_s=of.prompt_attention_s(300, 0), eager=True)
+    steps = [Lane(rows=1, tokens=1, sequences=1, decoders=1, cached=300 + k) for k in range(1, 20)]
+    served = serve(load_, of, config())
+    assert served.first_s[0] == pytest.approx(stages * of.stage([first, *idle]).total)
+    assert served.finished_s[0] - served.first_s[0] == pytest.approx(
+        sum(stages * of.stage([lane, *idle]).total for lane in steps), rel=1e-6
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("policy", ["whole", "mixed"])
 def test_tokens_are_conserved_and_pages_come_back(layout: Layout, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from stretto.core.errors import FieldError, UserError
 from stretto.core.search import Ranking
 from stretto.hardware.cluster import Cluster
-from stretto.serve.deploy.job import DeploymentJob
+from stretto.serve.deploy.job import DeploymentJob, LoadSpec
 from stretto.serve.deploy.layouts import divisors
 
 
@@ -23,7 +23,7 @@ def adjusted(job: Any, *, trace: str | None, objective: str | None) -> Any:
         if trace is not None:
             if not isinstance(job, DeploymentJob):
                 raise UserError("a trace is for jobs of kind deployment", field="trace", right="leave it out")
-            job = replace(job, load=replace(job.load, trace=trace))
+            job = replace(job, load=LoadSpec(trace=trace))
         if objective is not None:
             known = ("throughput", "latency", "energy", "cost", "slo")
             if objective not in (known if isinstance(job, DeploymentJob) else known[:2]):

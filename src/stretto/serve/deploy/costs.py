@@ -376,8 +376,6 @@ class StepCosts:
         of the two is the cycle.
         """
         stages = [self.stage(lanes) for lanes in groups]
-        if len(stages) == 1:
-            return stages[0]
         longest = max(stages, key=lambda parts: parts.total)
         through, served = self.layout.stages * longest.total, sum(parts.total for parts in stages)
         if served > through:

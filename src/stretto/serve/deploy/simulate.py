@@ -142,9 +142,8 @@ def serve(load: Load, costs: Costs, config: SchedulerConfig, *, recorder: Record
     lanes: list[_LaneState] = []
     for number, mine in enumerate(load.dealt(layout.replicas)):
         inside = [mine[first :: layout.lanes] for first in range(layout.lanes)]
-        replica = [_LaneState(config, load, own) for own in inside if len(own)]
-        if replica:
-            _Replica(f"replica {number}", replica, costs, load, clock, recorder).run()
+        replica = [_LaneState(config, load, own) for own in inside]
+        _Replica(f"replica {number}", replica, costs, load, clock, recorder).run()
         lanes += replica
     return Served(
         started_s=clock.started_s,
