@@ -30,7 +30,8 @@ import harness
 from harness import Row
 from stretto.hardware import catalog
 from stretto.models.spec import ModelSpec, bytes_of
-from stretto.serve.deploy.costs import Lane, Machine, StepCosts, Types
+from stretto.serve.deploy.costs import Lane, StepCosts
+from stretto.serve.deploy.curves import Machine, Types
 from stretto.serve.deploy.engines import EngineConstants, engine
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Load

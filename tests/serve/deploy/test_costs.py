@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from stretto.hardware import catalog, collective, cost
 from stretto.models.passes import PassShape
-from stretto.serve.deploy.costs import GRAPH_ROWS, Lane, StepCosts, layer_messages
+from stretto.serve.deploy.costs import GRAPH_ROWS, Lane, StepCosts
+from stretto.serve.deploy.curves import layer_messages
 from stretto.serve.deploy.engines import engine, engines
 from stretto.serve.deploy.layout import Layout
 

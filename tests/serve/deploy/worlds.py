@@ -9,7 +9,8 @@ import numpy as np
 
 from stretto.hardware import catalog
 from stretto.models.spec import ModelSpec
-from stretto.serve.deploy.costs import Machine, StepCosts, Types
+from stretto.serve.deploy.costs import StepCosts
+from stretto.serve.deploy.curves import Machine, Types
 from stretto.serve.deploy.engines import EngineConstants, engine
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Load

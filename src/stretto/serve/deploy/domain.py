@@ -14,7 +14,6 @@ from stretto.serve.deploy import plan as choices
 from stretto.serve.deploy.bound import optimistic_bound
 from stretto.serve.deploy.costs import StepCosts
 from stretto.serve.deploy.drawn import load_of
-from stretto.serve.deploy.engines import engine
 from stretto.serve.deploy.job import DeploymentJob
 from stretto.serve.deploy.memory import device_bytes
 from stretto.serve.deploy.plan import DeploymentPlan
@@ -59,7 +58,7 @@ class DeploymentDomain:
         return Prediction(
             metrics=found,
             bottleneck=_bottleneck(served, costs),
-            assumed=_assumed(job, costs),
+            assumed=_assumed(job, costs, served),
             phases=parts,
             trace=recorder.trace(),
         )
@@ -89,11 +88,11 @@ def _bottleneck(served: Served, costs: StepCosts) -> str:
     return f"busy {min(1.0, busy):.0%} of the time: {text}{evicted}"
 
 
-def _assumed(job: DeploymentJob, costs: StepCosts) -> str:
-    load, constants = load_of(job.load), engine(job.engine)
+def _assumed(job: DeploymentJob, costs: StepCosts, served: Served) -> str:
+    load, constants = load_of(job.load), costs.engine
     rate = (len(load) - 1) / max(float(load.arrival_s[-1]), 1e-9) if len(load) > 1 else 0.0
     text = f"{len(load)} requests, {np.mean(load.prompt):.0f} prompt and {np.mean(load.output):.0f} output tokens"
     text += f" in the mean, {rate:.3g} a second" if load.arrival_s[-1] else " in the mean, all at once"
-    beyond = outside(costs, constants)
+    beyond = outside(costs, served)
     mark = f"; extrapolated beyond what {constants.name} was measured on: {beyond}" if beyond else ""
     return f"{text}; constants of {constants.name}{mark}"

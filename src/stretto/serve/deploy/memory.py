@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stretto.models.spec import ModelSpec
-from stretto.serve.deploy.costs import Machine
+from stretto.serve.deploy.curves import Machine
 from stretto.serve.deploy.engines import EngineConstants
 from stretto.serve.deploy.layout import Layout, device_weight_bytes, kv_bytes_per_token
 

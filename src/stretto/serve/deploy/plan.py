@@ -10,7 +10,8 @@ from typing import Literal
 from stretto.core.errors import UserError, require
 from stretto.core.plan import Refusal
 from stretto.hardware.cluster import Cluster
-from stretto.serve.deploy.costs import Machine, StepCosts, Types
+from stretto.serve.deploy.costs import StepCosts
+from stretto.serve.deploy.curves import Machine, Types
 from stretto.serve.deploy.drawn import load_of
 from stretto.serve.deploy.engines import EngineConstants, engine
 from stretto.serve.deploy.job import DeploymentJob

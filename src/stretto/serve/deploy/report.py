@@ -19,8 +19,8 @@ from stretto.core.errors import UserError
 from stretto.core.plan import Metric
 from stretto.core.statistics import Interval
 from stretto.serve.deploy.costs import StepCosts
-from stretto.serve.deploy.engines import EngineConstants
 from stretto.serve.deploy.job import Slo
+from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Floats, Load
 from stretto.serve.deploy.simulate import Served
 
@@ -83,9 +83,14 @@ def joules(device: str, devices: int, busy_s: float, whole_s: float) -> Interval
     return Interval(value=value, low=low, high=high)
 
 
-def outside(costs: StepCosts, constants: EngineConstants) -> str:
-    """In what a plan differs from all that the engine's constants were fitted on; empty if in nothing."""
-    fitted, layout = constants.fitted_on, costs.layout
+def sequences(served: Served, layout: Layout) -> float:
+    """Requests that a replica has under way, on average over the run."""
+    return float(np.sum(served.finished_s - served.started_s)) / served.makespan_s / layout.replicas
+
+
+def outside(costs: StepCosts, served: Served) -> str:
+    """In what a run differs from all that the engine's constants were fitted on; empty if in nothing."""
+    fitted, layout = costs.engine.fitted_on, costs.layout
     found = []
     if costs.machine.device.name not in fitted.devices:
         found.append(costs.machine.device.name)
@@ -102,6 +107,9 @@ def outside(costs: StepCosts, constants: EngineConstants) -> str:
         found.append("experts")
     if costs.types.weights not in fitted.weights:
         found.append(f"{costs.types.weights} weights")
+    held = sequences(served, layout)
+    if held > fitted.sequences:
+        found.append(f"{held:.0f} sequences at once")
     return ", ".join(found)
 
 
@@ -116,7 +124,7 @@ def metrics(
     seconds = Latencies.of(load, served)
     layout, device = costs.layout, costs.machine.device.name
     busy = min(1.0, served.parts.total / (layout.replicas * served.makespan_s))
-    wide = costs.spread(served.parts) * (OUTSIDE if outside(costs, costs.engine) else 1.0)
+    wide = costs.spread(served.parts) * (OUTSIDE if outside(costs, served) else 1.0)
     waiting = float(np.mean(seconds.queue)) - served.parts.total / served.steps  # beyond the step that was under way
     queued = wide * (1 + (_AMPLIFIED - 1) * min(1.0, max(0.0, waiting / float(np.mean(seconds.first)))))
     tokens = float(load.output.sum())

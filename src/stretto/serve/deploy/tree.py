@@ -12,7 +12,7 @@ from stretto.core.errors import UserError
 from stretto.hardware import catalog
 from stretto.hardware.cluster import Cluster, node_of
 from stretto.hardware.device import Device
-from stretto.serve.deploy.costs import Machine
+from stretto.serve.deploy.curves import Machine
 
 HOST_LINK = "pcie5"
 """What joins a device to its host where the cluster does not say: 16 lanes of PCIe 5."""
