@@ -99,11 +99,17 @@ class StepCosts:
         self._messages = message_curve(layer_messages(spec, layout, width), machine, most)
         head = (("all_gather", spec.vocab * width, layout.devices, 1.0),) if layout.devices > 1 else ()
         self._head_messages = message_curve(head, machine, 1024)
-        hop = layout.stages > 1 and (
-            machine.far if layout.stages * layout.devices > machine.node_devices else machine.near
-        )
-        self._hop: Link | None = hop or None
+        far = layout.stages * layout.devices > machine.node_devices
+        self._hop: Link | None = (machine.far if far else machine.near) if layout.stages > 1 else None
+        self._hop_start_s, self._hop_row_s = self._hop_law(spec.hidden * width)
         self._law = cost.attention_law(self._like, machine.device)
+
+    def _hop_law(self, row_bytes: float) -> tuple[float, float]:
+        """Seconds of handing no row to the next stage, and of each row: a message takes a straight line of them."""
+        if self._hop is None:
+            return 0.0, 0.0
+        start, one = (collective.estimate("send_recv", n * row_bytes, 2, self._hop).seconds for n in (0, 1))
+        return start, one - start
 
     @cached_property
     def _like(self) -> Operation:
@@ -151,10 +157,7 @@ class StepCosts:
             kernels += self._ends(tokens)
             messages += self._head_messages(tokens) if layout.devices > 1 else 0.0
         kernels *= self.engine.kernel_pace
-        if self._hop is not None:
-            messages += collective.estimate(
-                "send_recv", rows * self.spec.hidden * bytes_of(self.types.arithmetic), 2, self._hop
-            ).seconds
+        messages += self._hop_start_s + rows * self._hop_row_s
         engine = self.engine
         host = engine.host_step_s / layout.stages
         host += engine.host_sequence_s * max(lane.sequences for lane in lanes) / layout.stages

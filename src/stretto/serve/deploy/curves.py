@@ -54,6 +54,8 @@ class Types:
     kv: str
 
 
+_REMEMBERED = 4096
+"""Readings that a curve remembers: batches of the same size come again and again."""
 Curve = Callable[[float], float]
 
 
@@ -72,7 +74,7 @@ def _read(xs: Sequence[int], ys: Sequence[float]) -> Curve:
         i = min(max(bisect_left(xs, x), 1), len(xs) - 1)
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
 
-    return at
+    return lru_cache(maxsize=_REMEMBERED)(at)
 
 
 @dataclass(frozen=True)
