@@ -60,7 +60,7 @@ def on_the_real_clock(requests: int, settings: SchedulerConfig) -> EventLog:
         for i in range(requests):
             while engine.live >= 40:
                 await asyncio.sleep(0)
-            prompt, limit = (0,) * int(load.prompt[i]), int(load.output[i])
+            prompt, limit = (0,) * min(1000, int(load.prompt[i])), min(500, int(load.output[i]))
             engine.submit(Request(id=i, prompt=prompt, limit=limit))
         engine.close()
         await task
