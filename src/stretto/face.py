@@ -35,19 +35,21 @@ def plan(
     on: Cluster | str | Path | None = None,
     executor: Executor | None = None,
     progress: Progress = no_progress,
+    budget_s: float | None = None,
 ) -> Ranking:
     """Rank the ways to run `job`.
 
     Args:
         on: a cluster, a cluster file, or None for this machine.
         executor: where simulations run; None runs them here.
+        budget_s: seconds after which the best plan so far is the answer.
 
     Raises:
         UserError: if nothing can run, or the machines lack what a prediction needs.
     """
     domain = domain_of(job.kind)
     cluster = domain.prepare(job, _machines(on, progress), progress)
-    return search(domain, job, cluster, executor=executor, progress=progress)
+    return search(domain, job, cluster, executor=executor, progress=progress, budget_s=budget_s)
 
 
 def predict(chosen: Plan[Any, Any]) -> Prediction:

@@ -234,6 +234,8 @@ asks_strategy = st.lists(
     page_tokens=st.sampled_from([1, 7, 100]),
     spare=st.integers(0, 40),
     prefill_tokens=st.integers(1, 64),
+    prefill=st.sampled_from(["mixed", "mixed", "whole"]),
+    horizon=st.sampled_from(["page", "shortage"]),
 )
 def test_any_load_under_any_policy_is_served_whole_and_replays(
     asks: list[Ask],
@@ -245,8 +247,11 @@ def test_any_load_under_any_policy_is_served_whole_and_replays(
     page_tokens: int,
     spare: int,
     prefill_tokens: int,
+    prefill: str,
+    horizon: str,
 ) -> None:
     changes: dict[str, object] = {"joining": joining, "slots": slots, "prefill_tokens": prefill_tokens}
+    changes |= {"prefill": prefill, "horizon": horizon}
     if reorder is None:
         changes |= {"pages": -(-100 // page_tokens) + spare, "page_tokens": page_tokens, "prefix_cache": prefix_cache}
         changes |= {"preemption": "swap", "spare_pages": spare_pages}

@@ -6,6 +6,7 @@ does not depend on how many workers simulate them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -49,12 +50,16 @@ SAME = 0.0005
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """The answer of a search: plans that can run, best first, and what became of the others."""
+    """The answer of a search: plans that can run, best first, and what became of the others.
+
+    `untried` plans could run and were not weighed, since the time that was given was over.
+    """
 
     objective: str
     weighed: tuple[Weighed, ...]
     rejected: tuple[Rejected, ...] = ()
     pruned: tuple[Pruned, ...] = field(default=())
+    untried: int = 0
 
     @property
     def best(self) -> Plan[Any, Any]:
@@ -111,12 +116,14 @@ def search(
     executor: Executor | None = None,
     progress: Progress = no_progress,
     wave: int = WAVE,
+    budget_s: float | None = None,
 ) -> Ranking:
     """Weigh every candidate of `domain` for `job` on `cluster`.
 
     Args:
         executor: where simulations run; None runs them here. With processes, `domain` must be installed.
         wave: candidates simulated between two prunings.
+        budget_s: seconds after which no further wave begins; what was weighed by then is ranked.
 
     Raises:
         UserError: if nothing can run, with the first reasons and the nearest changes.
@@ -129,7 +136,11 @@ def search(
     weighed: list[Weighed] = []
     pruned: list[Pruned] = []
     queue, sign = _by_bound(domain, job, able, cluster)
+    began, untried = time.monotonic(), 0
     for first in range(0, len(queue), wave):
+        if budget_s is not None and first and time.monotonic() - began > budget_s:
+            untried = len(queue) - first
+            break
         batch = queue[first : first + wave]
         best = min((_loss(w.prediction.metrics[objective]) for w in weighed), default=float("inf"))
         chosen = [choices for bound, choices in batch if bound <= best]
@@ -144,7 +155,13 @@ def search(
             weighed.append(Weighed(plan=plan, prediction=prediction))
         progress("weighing plans", min(first + wave, len(queue)), len(queue))
     weighed.sort(key=lambda w: _loss(w.prediction.metrics[objective]))
-    return Ranking(objective=objective, weighed=tuple(weighed), rejected=tuple(rejected), pruned=tuple(pruned))
+    return Ranking(
+        objective=objective,
+        weighed=tuple(weighed),
+        rejected=tuple(rejected),
+        pruned=tuple(pruned),
+        untried=untried,
+    )
 
 
 def _sift(domain: Domain, job: Any, cluster: Any, progress: Progress) -> tuple[list[Any], list[Rejected]]:

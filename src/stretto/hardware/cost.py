@@ -56,6 +56,14 @@ def estimates(operations: Sequence[Operation], device: Device, *, threads: int |
     return [one for one in found if one is not None]
 
 
+def attention_law(operation: Operation, device: Device) -> kernel_model.Law:
+    """Modelled seconds of attention like `operation` as a function of FLOPs and bytes, for simulations that ask often.
+
+    It equals `estimate` where nothing was measured.
+    """
+    return kernel_model.attention_law(operation, device, kernel_model.fitted(device.kind))
+
+
 def total(operations: Iterable[Operation], device: Device, *, threads: int | None = None) -> Estimate:
     """Seconds of operations one after another.
 

@@ -141,6 +141,38 @@ def seconds(
     return launch + _norm(compute, memory, constants.order)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Law:
+    """Seconds of operations of one family on one device, as a function of their FLOPs and bytes alone.
+
+    Attributes:
+        launch_s: of each operation.
+        flop_s, byte_s: seconds a FLOP and seconds a byte.
+        order: of the p-norm that joins the two.
+    """
+
+    launch_s: float
+    flop_s: float
+    byte_s: float
+    order: float
+
+    def seconds(self, flops: float, bytes_: float) -> float:
+        """Of one operation."""
+        compute, memory = flops * self.flop_s, bytes_ * self.byte_s
+        return self.launch_s + float((compute**self.order + memory**self.order) ** (1 / self.order))
+
+
+def attention_law(operation: Operation, device: Device, constants: Constants) -> Law:
+    """The law of attention like `operation`, whose FLOPs and bytes do not matter; nothing of it is cut into tiles."""
+    require(operation.kind == "attention", "kind", operation.kind, "attention, whose seconds depend on no tiles")
+    return Law(
+        launch_s=constants.launch_s if device.launch_s is None else device.launch_s,
+        flop_s=1 / (device.peak(operation.dtype) * share(constants.compute, operation)),
+        byte_s=1 / (device.bandwidth * share(constants.bandwidth, operation)),
+        order=constants.order,
+    )
+
+
 def tile_stretch(shapes: Floats, units: int, constants: Constants) -> Floats:
     """How many times longer than at full use matrix products of `shapes` (rows, inner, columns) compute.
 

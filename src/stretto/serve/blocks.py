@@ -9,7 +9,7 @@ which one page is as long as the longest request.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from stretto.core.errors import require
 
@@ -32,7 +32,7 @@ class BlockPool:
         self._free: deque[int] = deque(range(pages))
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._tables: dict[int, list[int]] = {}
-        self._holders: Counter[int] = Counter()
+        self._holders: dict[int, int] = {}
         self._content: dict[int, str] = {}
         self._page_of: dict[str, int] = {}
         self._given_up: OrderedDict[str, None] = OrderedDict()
@@ -49,6 +49,16 @@ class BlockPool:
     def table(self, request: int) -> tuple[int, ...]:
         """The pages of `request` in the order of its positions; empty if it holds none."""
         return tuple(self._tables.get(request, ()))
+
+    @property
+    def tables(self) -> Mapping[int, Sequence[int]]:
+        """The pages of all requests that hold any, to be read and not kept."""
+        return self._tables
+
+    @property
+    def unused(self) -> int:
+        """Free pages that are not kept for their content."""
+        return len(self._free)
 
     def fits(self, tokens: int) -> bool:
         """Whether the empty pool can hold a request of so many positions."""
@@ -68,8 +78,24 @@ class BlockPool:
         new = tuple(self._take() for _ in range(count))
         if new:
             self._tables.setdefault(request, []).extend(new)
-            self._holders.update(new)
+            self._holders.update(dict.fromkeys(new, 1))
         return new
+
+    def lend(self, requests: Sequence[int]) -> list[int]:
+        """Give each of `requests`, which hold pages, one more page, in this order; a request may come twice."""
+        assert len(requests) <= len(self._free), f"{len(requests)} pages are lent, {len(self._free)} are unused"
+        pages = [self._free.popleft() for _ in requests]
+        for request, page in zip(requests, pages, strict=True):
+            self._tables[request].append(page)
+        self._holders.update(dict.fromkeys(pages, 1))
+        return pages
+
+    def hand_back(self, requests: Sequence[int]) -> None:
+        """Undo the last loans, which went to `requests` in this order, as if they had never been made."""
+        pages = [self._tables[request].pop() for request in reversed(requests)]
+        for page in pages:
+            del self._holders[page]
+        self._free.extendleft(pages)
 
     def knows(self, content: str) -> bool:
         """Whether a page is full of `content`."""
@@ -90,7 +116,7 @@ class BlockPool:
             found.append(page)
         for page in found:
             self._kept.pop(page, None)
-        self._holders.update(found)
+            self._holders[page] = self._holders.get(page, 0) + 1
         if found:
             self._tables[request] = found
         return tuple(found)
@@ -108,10 +134,10 @@ class BlockPool:
         for page in reversed(
             self._tables.pop(request, [])
         ):  # so that the end of a text is given up before its beginning
-            self._holders[page] -= 1
-            if self._holders[page]:
+            others = self._holders.pop(page) - 1
+            if others:
+                self._holders[page] = others
                 continue
-            del self._holders[page]
             if page in self._content:
                 self._kept[page] = None
             else:

@@ -292,10 +292,21 @@ class Engine:
             done += result.steps
             with self.clock.spend("host", 0.0):
                 finished = self._hand_out(work, result)
+        if done < steps:
+            self._cut_tables(work)
         if done:
             self._tell({"type": "ran", "at": self.clock.now, "steps": done, "finished": finished})
         if failed:
             self._lost()
+
+    def _cut_tables(self, work: Pass) -> None:
+        """Forget pages that were given out for steps which were not carried out; the scheduler takes them back."""
+        page = self.scheduler.config.page_tokens
+        for row in work.decode:
+            handle = self._live.get(row.id)
+            if handle is not None:
+                positions = len(handle.request.prompt) + len(handle.tokens) - 1
+                self._tables[row.id] = self._tables[row.id][: -(-positions // page)]
 
     async def _ask(self, work: Pass, steps: int) -> PassResult | None:
         if any(row.mask is not None for row in work.decode):

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 from stretto.serve.blocks import BlockPool
 from stretto.serve.decision import Chunk, Decision
+from stretto.serve.horizon import Need, page_needs, within
 from stretto.serve.joining import JOININGS, Waiting
 from stretto.serve.slots import Reorder, SlotPool
 
@@ -42,6 +44,12 @@ class SchedulerConfig:
         preemption: what becomes of the pages of a request that is put back: "recompute", or "swap" to spare memory as
             long as there is room, with layout "pages".
         spare_pages: how many pages that memory holds.
+        prefill: "mixed" puts prompt chunks and decoding rows into one step; "whole" gives prompts steps of their own,
+            before any decoding, and never cuts one (vLLM's policy before chunking; a prompt longer than
+            `prefill_tokens` has a step to itself).
+        horizon: how long a decision of decoding rows alone holds: to the next "page" boundary of any of them, or until
+            the free pages run out ("shortage"). The pages of all those steps are then given out with the decision and
+            taken back if it ends early, so that steps are the same one by one.
     """
 
     joining: str
@@ -55,6 +63,8 @@ class SchedulerConfig:
     prefix_cache: bool = False
     preemption: Literal["recompute", "swap"] = "recompute"
     spare_pages: int = 0
+    prefill: Literal["mixed", "whole"] = "mixed"
+    horizon: Literal["page", "shortage"] = "page"
 
     @property
     def room(self) -> str:
@@ -67,7 +77,8 @@ class SchedulerConfig:
 @dataclass(slots=True)
 class _Request:
     """One live request. `computed` positions have their KV, in its pages or in spare ones; `produced` tokens are out;
-    its text is `prompt + produced` long; `prefix` has a hash for each full page of its prompt.
+    its text is `prompt + produced` long; `prefix` has a hash for each full page of its prompt; `seen` is what joining
+    policies see of it.
     """
 
     id: int
@@ -78,6 +89,12 @@ class _Request:
     priority: int = 0
     produced: int = 0
     computed: int = 0
+    seen: Waiting = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seen = Waiting(
+            id=self.id, arrived_s=self.arrived_s, prompt=self.prompt, limit=self.limit, priority=self.priority
+        )
 
     @property
     def length(self) -> int:
@@ -90,7 +107,7 @@ class _Request:
 
 def by_urgency(requests: Sequence[_Request]) -> list[_Request]:
     """The urgent ones first, equals in the order given."""
-    return sorted(requests, key=lambda request: request.priority)
+    return sorted(requests, key=attrgetter("priority"))
 
 
 @dataclass
@@ -122,6 +139,7 @@ class Scheduler:
         self.spare = BlockPool(pages=c.spare_pages, page_tokens=c.page_tokens) if swaps else None
         self.joining = JOININGS[c.joining](slots=c.slots, max_wait_s=c.max_wait_s)
         self._last = Decision()
+        self._ahead: list[Need] = []  # pages lent for later steps of the last decision: (step, request)
 
     # Events.
 
@@ -149,18 +167,19 @@ class Scheduler:
     def _on_ran(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
         steps, finished = event["steps"], set(event["finished"])
+        self._hand_back(steps)
         chunks = {chunk.id: chunk for chunk in self._last.prefill}
         decoded = set(self._last.decode)
         for request in self.running:
-            chunk = chunks.get(request.id)
-            if chunk is not None:
+            if request.id in decoded:
+                request.computed += steps
+                request.produced += steps
+            elif request.id in chunks:
+                chunk = chunks[request.id]
                 self._note_filled(request, request.computed, request.computed + chunk.count)
                 request.computed += chunk.count
                 request.produced += chunk.last
-            elif request.id in decoded:
-                request.computed += steps
-                request.produced += steps
-        self._drop({r.id for r in self.running if r.id in finished or r.produced >= r.limit})
+        self._drop({r.id for r in self.running if r.produced >= r.limit or r.id in finished})
 
     def _note_filled(self, request: _Request, start: int, end: int) -> None:
         """Pages of the prompt that positions start .. end-1 made full can be shared from now on."""
@@ -178,6 +197,7 @@ class Scheduler:
 
     def _on_lost(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
+        self._hand_back(0)
         self.pool.release_all()
         if self.spare is not None:
             self.spare.release_all()
@@ -193,6 +213,8 @@ class Scheduler:
         self.now_s = max(self.now_s, event["at"])
 
     def _drop(self, ids: set[int]) -> None:
+        if not ids:
+            return
         for request in self.running:
             if request.id in ids:
                 self.pool.release(request.id)
@@ -207,18 +229,24 @@ class Scheduler:
     def next_decision(self) -> Decision:
         """What to do now. Changes the state: joins, page tables and preemptions are settled here."""
         grown: dict[int, tuple[int, ...]] = {}
-        preempted, swap_out = self._grow_decoders(grown)
+        decoders = self._decoders()
+        preempted, swap_out = self._grow(decoders, grown)
         swap_in: list[Copy] = []
         if not preempted:
-            self._admit()
+            self._admit([r for r in self.running if not r.decoding] if len(decoders) < len(self.running) else [])
             swap_in = self._bring_back(grown)
-        prefill = self._fill(grown)
-        decode = tuple(r.id for r in self.running if r.decoding)
+        if preempted or len(decoders) < len(self.running):
+            prefill = self._fill(grown)
+            decoders = [] if prefill and self.config.prefill == "whole" else self._decoders()
+        else:
+            prefill = ()
+        decode = tuple(r.id for r in decoders)
         if not prefill and not decode:
             assert not [*swap_out, *swap_in], "pages are to be copied, but there is no pass"
             self._last = Decision(preempted=preempted, idle_until=self._idle_until())
         else:
             moves, slots = self._close_holes()
+            steps = 1 if prefill else self._valid_steps(decoders, grown, far=not preempted)
             self._last = Decision(
                 prefill=prefill,
                 decode=decode,
@@ -226,18 +254,24 @@ class Scheduler:
                 preempted=preempted,
                 moves=moves,
                 slots=slots,
-                steps=1 if prefill else self._valid_steps(),
+                steps=steps,
                 swap_out=tuple(swap_out),
                 swap_in=tuple(swap_in),
             )
         return self._last
 
-    def _grow_decoders(self, grown: dict[int, tuple[int, ...]]) -> tuple[tuple[int, ...], list[Copy]]:
+    def _decoders(self) -> list[_Request]:
+        return [r for r in self.running if r.computed == r.prompt + r.produced - 1 and r.produced]
+
+    def _grow(
+        self, decoders: Sequence[_Request], grown: dict[int, tuple[int, ...]]
+    ) -> tuple[tuple[int, ...], list[Copy]]:
         """Give each decoding request the page for its next position, taking from the least urgent when none is free."""
         preempted: list[int] = []
         copies: list[Copy] = []
-        for request in by_urgency(self.running):
-            if request.id in preempted or not request.decoding:
+        tables, page = self.pool.tables, self.config.page_tokens
+        for request in by_urgency([r for r in decoders if len(tables[r.id]) * page < r.prompt + r.produced]):
+            if request.id in preempted:
                 continue
             while not self.pool.can_allocate(request.id, request.length):
                 victim = max(reversed(self.running), key=lambda r: r.priority)
@@ -285,12 +319,13 @@ class Scheduler:
         left = range(request.computed, 0, -page)
         return [(source, target, min(page, n)) for source, target, n in zip(sources, targets, left, strict=False)]
 
-    def _admit(self) -> None:
+    def _admit(self, beginning: Sequence[_Request]) -> None:
+        """Let in whom the policy chooses, while there are pages for them beside those that the beginners still need."""
         if not self.waiting or len(self.running) >= self.config.slots:
             return
         chosen = self.joining.join(self._seen(), len(self.running), self.now_s, self.closed)
         by_id = {r.id: r for r in self.waiting}
-        promised = sum(self.pool.missing(r.id, r.length) for r in self.running)
+        promised = sum(self.pool.missing(r.id, r.length) for r in beginning)
         admitted = set()
         for request in (by_id[i] for i in chosen):
             promised += self.pool.missing(request.id, request.length)
@@ -303,7 +338,7 @@ class Scheduler:
     def _fill(self, grown: dict[int, tuple[int, ...]]) -> tuple[Chunk, ...]:
         """Prompt chunks, urgent ones first, within the step's budget of prompt tokens and the free pages."""
         budget = self.config.prefill_tokens
-        chunks = []
+        chunks: list[Chunk] = []
         coming: set[str] = set()
         for request in by_urgency(self.running):
             if request.decoding or not budget:
@@ -315,6 +350,10 @@ class Scheduler:
                 shares = self._share(request, grown)
             left = request.length - request.computed
             count = min(left, budget)
+            if count < left and self.config.prefill == "whole":
+                if chunks:
+                    break
+                count = left
             if not self.pool.can_allocate(request.id, request.computed + count):
                 if shares:  # what it shares is of no use yet
                     del grown[request.id]
@@ -324,7 +363,7 @@ class Scheduler:
             self._allocate(request, request.computed + count, grown)
             chunks.append(Chunk(id=request.id, start=request.computed, count=count, last=count == left))
             coming.update(request.prefix[request.computed // self.config.page_tokens :])
-            budget -= count
+            budget = max(0, budget - count)
         return tuple(chunks)
 
     def _sees_coming(self, request: _Request, coming: set[str]) -> bool:
@@ -361,14 +400,29 @@ class Scheduler:
         if new:
             grown[request.id] = grown.get(request.id, ()) + new
 
-    def _valid_steps(self) -> int:
-        """Steps until a request that decodes reaches its limit or needs a new page; others wait for pages meanwhile."""
-        page = self.config.page_tokens
-        return min(
-            min(r.limit - r.produced, len(self.pool.table(r.id)) * page - r.length + 1)
-            for r in self.running
-            if r.decoding
-        )
+    def _valid_steps(self, decoders: Sequence[_Request], grown: dict[int, tuple[int, ...]], *, far: bool) -> int:
+        """Steps until a request that decodes reaches its limit or needs a page that is not there; others wait for pages
+        meanwhile, and so do newcomers, since pages only become fewer. `far` is false where nobody was let in for now.
+        """
+        tables, page = self.pool.tables, self.config.page_tokens
+        decoders = by_urgency(decoders)
+        steps = min([r.limit - r.produced for r in decoders])
+        rooms = [len(tables[r.id]) * page - r.prompt - r.produced + 1 for r in decoders]
+        settled = not self.waiting or self.joining.steady
+        if self.config.horizon == "page" or not (far and settled):
+            return min(steps, *rooms)
+        steps, needs = within(page_needs(rooms, page, steps), self.pool.unused, steps)
+        self._ahead = [(step, decoders[index].id) for step, index in needs]
+        lent: dict[int, list[int]] = {}
+        for (_, request), new in zip(self._ahead, self.pool.lend([request for _, request in self._ahead]), strict=True):
+            lent.setdefault(request, []).append(new)
+        grown |= {request: grown.get(request, ()) + tuple(pages) for request, pages in lent.items()}
+        return steps
+
+    def _hand_back(self, done: int) -> None:
+        """Take back the pages of steps that were not carried out, as if they had never been given out."""
+        self.pool.hand_back([request for step, request in self._ahead if step > done])
+        self._ahead = []
 
     def _idle_until(self) -> float:
         wake = self.joining.wake_s(self._seen(), len(self.running))
@@ -376,10 +430,7 @@ class Scheduler:
 
     def _seen(self) -> list[Waiting]:
         """Who waits, as joining policies see it."""
-        return [
-            Waiting(id=r.id, arrived_s=r.arrived_s, prompt=r.prompt, limit=r.limit, priority=r.priority)
-            for r in self.waiting
-        ]
+        return [r.seen for r in self.waiting]
 
     def audit(self) -> None:
         """Check the pools, and that spare pages are held by those alone who wait for them, whole."""

@@ -21,7 +21,12 @@ class Waiting:
 
 
 class Joining(ABC):
-    """Chooses among the waiting whenever a step boundary is reached."""
+    """Chooses among the waiting whenever a step boundary is reached.
+
+    `steady`: time alone never changes whom it would admit while somebody runs.
+    """
+
+    steady = True
 
     def __init__(self, *, slots: int, max_wait_s: float) -> None:
         self.slots = slots

@@ -1,0 +1,136 @@
+"""Predicted against measured serving on this machine near and beyond saturation, over plans of two cores.
+
+SmolLM2-135M on the product's own engine: one core (TP=1), two tensor ranks (TP=2), two copies (DP=2), at 0.5, 0.9 and
+1.2 of what each can serve, with so few KV pages that requests are put back. The prediction is the engine's scheduler on
+virtual time with passes that were timed just before and after. Beside it stands a closed form on the same passes, which
+knows no queue: a prompt's seconds to the first token, and the step of Little's batch.
+
+Usage: python benchmarks/predict_saturation.py [--json] [--quick]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+import harness
+from harness import Row
+from stretto.serve.deploy.costs import Lane
+from stretto.serve.deploy.here import MeasuredCosts, started
+from stretto.serve.deploy.layout import Layout
+from stretto.serve.deploy.load import Load
+from stretto.serve.deploy.report import Latencies
+from stretto.serve.deploy.simulate import Served, serve
+from stretto.serve.scheduler import SchedulerConfig
+
+MODEL = "smollm2-135m-instruct"
+PLANS = {"TP=1": Layout(), "TP=2": Layout(devices=2), "DP=2": Layout(replicas=2)}
+CONFIG = SchedulerConfig(
+    joining="continuous",
+    slots=12,
+    pages=80,
+    page_tokens=16,
+    prefill_tokens=512,
+    prefill="whole",
+)
+RATES = (0.5, 0.9, 1.2)
+FIRST_GOAL, TOKEN_GOAL, SPEED_GOAL = 0.20, 0.08, 0.15
+
+
+def requests(count: int, rate: float | None, seed: int = 3) -> Load:
+    """Prompts of about 100 and answers of about 30 tokens, as a Poisson stream of this rate, or all at once."""
+    draw = np.random.default_rng(seed)
+    gaps = draw.exponential(1.0, count)
+    arrivals = np.zeros(count) if rate is None else (np.cumsum(gaps) - gaps[0]) / rate
+    return Load(arrivals, draw.integers(30, 180, count), draw.integers(10, 60, count))
+
+
+def capacity(costs: MeasuredCosts) -> float:
+    """Requests a second that the plan serves when it never lacks any."""
+    load = requests(200, None)
+    return len(load) / serve(load, costs, CONFIG).makespan_s
+
+
+def closed_form(costs: MeasuredCosts, load: Load) -> tuple[float, float]:
+    """Seconds to the first token and per token, at the batch of Little's law."""
+    prompt, output = float(load.prompt.mean()), float(load.output.mean())
+    rate = len(load) / max(float(load.arrival_s[-1]), 1e-9) / costs.layout.replicas
+    first = costs.stage([Lane(rows=round(prompt), tokens=1, sequences=1, eager=True)]).total
+    rows, token = 1.0, 0.0
+    for _ in range(30):
+        held = min(CONFIG.slots, max(1, round(rows)))
+        cached = round(held * (prompt + output / 2))
+        token = costs.stage([Lane(rows=held, tokens=held, sequences=held, decoders=held, cached=cached)]).total
+        rows = rate * output * token
+    return first, token
+
+
+async def run_plan(
+    layout: Layout, rates: Sequence[float], count: int
+) -> tuple[MeasuredCosts, list[tuple[Load, Served]]]:
+    """Every load for real, between two measurements of passes; the costs are their mean."""
+    async with started(MODEL, layout, CONFIG) as here:
+        before = await here.measure()
+        loads = [requests(count, rate * capacity(before)) for rate in rates]
+        served = [(load, await here.serve(load)) for load in loads]
+        return before.mean(await here.measure()), served
+
+
+def compare(name: str, costs: MeasuredCosts, runs: Sequence[tuple[Load, Served]], rates: Sequence[float]) -> list[Row]:
+    table = []
+    for rate, (load, real) in zip(rates, runs, strict=True):
+        said = serve(load, costs, CONFIG)
+        measured, predicted = Latencies.of(load, real), Latencies.of(load, said)
+        null_first, null_token = closed_form(costs, load)
+        where = f"{name} at {rate:g} of saturation"
+        for q in (50, 95):
+            there = float(np.quantile(measured.first, q / 100))
+            ours = abs(float(np.quantile(predicted.first, q / 100)) / there - 1)
+            note = f"measured {there * 1e3:.0f} ms; closed form {abs(null_first / there - 1):.0%}"
+            table.append(
+                Row(
+                    name=f"{where}: first token p{q}", ours=ours, unit="error", goal=FIRST_GOAL, at_most=True, note=note
+                )
+            )
+        there = float(np.nanmean(measured.token))
+        note = f"measured {there * 1e3:.1f} ms, {real.preempted} put back, {said.preempted} predicted"
+        note += f"; closed form {abs(null_token / there - 1):.0%}"
+        ours = abs(float(np.nanmean(predicted.token)) / there - 1)
+        table.append(Row(name=f"{where}: per token", ours=ours, unit="error", goal=TOKEN_GOAL, at_most=True, note=note))
+    return table
+
+
+def ranking(makespans: dict[str, tuple[float, float]]) -> list[Row]:
+    """(measured, predicted) seconds of the same requests by plan: the order and the speed-ups over one core."""
+    measured, predicted = ({name: pair[k] for name, pair in makespans.items()} for k in (0, 1))
+    wrong = float(sorted(measured, key=measured.__getitem__) != sorted(predicted, key=predicted.__getitem__))
+    note = ", ".join(f"{name} {a:.2f} s measured {b:.2f} s predicted" for name, (a, b) in makespans.items())
+    rows = [Row(name="plans in another order", ours=wrong, unit="", goal=0, at_most=True, note=note)]
+    base = makespans["TP=1"]
+    for name, (a, b) in makespans.items():
+        if name != "TP=1":
+            error = abs((base[1] / b) / (base[0] / a) - 1)
+            rows.append(Row(name=f"speed-up of {name}", ours=error, unit="error", goal=SPEED_GOAL, at_most=True))
+    return rows
+
+
+def measure(quick: bool) -> list[Row]:
+    count, rates = (16, (0.9,)) if quick else (120, RATES)
+    table, makespans = [], {}
+    for name, layout in PLANS.items():
+        costs, runs = asyncio.run(run_plan(layout, rates, count))
+        table += compare(name, costs, runs, rates)
+
+        async def at_once(layout: Layout = layout) -> float:
+            async with started(MODEL, layout, CONFIG) as here:
+                return (await here.serve(requests(count, None))).makespan_s
+
+        makespans[name] = (asyncio.run(at_once()), serve(requests(count, None), costs, CONFIG).makespan_s)
+    return table + ranking(makespans)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(measure, __doc__ or ""))
