@@ -92,7 +92,8 @@ def prediction_data(prediction: Prediction) -> dict[str, Any]:
         name: {"value": m.value.value, "low": m.value.low, "high": m.value.high, "unit": m.unit}
         for name, m in prediction.metrics.items()
     }
-    return {"metrics": metrics, "bottleneck": prediction.bottleneck, "assumed": prediction.assumed}
+    table = {"table": prediction.table.splitlines()} if prediction.table else {}
+    return {"metrics": metrics, "bottleneck": prediction.bottleneck, "assumed": prediction.assumed} | table
 
 
 def as_data(ranking: Ranking, top: int) -> dict[str, Any]:
