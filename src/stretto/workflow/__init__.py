@@ -11,6 +11,9 @@ print(wf.Compiler(planner=planner, tools=[search]).run("Which is higher, ...?"))
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from stretto.core.durable import DurableLog
 from stretto.core.graph import Failure, Graph, Paid, PaidError, Terms, on_executor
 from stretto.workflow.compiler import Answer, Compiler, execute
@@ -65,6 +68,7 @@ __all__ = [
     "execute",
     "last_result",
     "llm",
+    "load",
     "mcp_server",
     "mcp_tools",
     "on_executor",
@@ -75,3 +79,10 @@ __all__ = [
     "simulated_tool",
     "tool",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`wf.load` is the package's own `load`, which stands above the rooms."""
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("stretto.files").load

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from stretto.core.clock import RealClock
 from stretto.core.durable import DurableLog
@@ -18,6 +18,10 @@ from stretto.workflow.job import WorkflowJob, amount, duration_s
 from stretto.workflow.literals import text_of
 from stretto.workflow.plan import WorkflowPlan
 from stretto.workflow.portfolio.job import PortfolioJob
+from stretto.workflow.portfolio.outcome import Attempt, Run
+from stretto.workflow.portfolio.planner import MCPP
+from stretto.workflow.portfolio.run import run as run_portfolio
+from stretto.workflow.portfolio.simulated import SimulatedAttempts
 from stretto.workflow.predict import play
 from stretto.workflow.steps import Outcome, Steps, problem_of
 from stretto.workflow.tool import Tool, tools_by_name
@@ -34,23 +38,60 @@ def with_limits(job: Limited, budget: str | float | None, deadline: str | float 
     return job if deadline is None else replace(job, deadline_s=duration_s(deadline))
 
 
+@overload
 def run(
     job: WorkflowJob,
     *,
     tools: Sequence[Tool] = (),
     budget: str | float | None = None,
     deadline: str | float | None = None,
-) -> Outcome:
-    """Run a job's steps here, with tools of one's own beside those that are built in.
+) -> Outcome: ...
+@overload
+def run(
+    job: PortfolioJob,
+    *,
+    attempt: Attempt | None = None,
+    budget: str | float | None = None,
+    deadline: str | float | None = None,
+) -> Run: ...
+def run(
+    job: WorkflowJob | PortfolioJob,
+    *,
+    tools: Sequence[Tool] = (),
+    attempt: Attempt | None = None,
+    budget: str | float | None = None,
+    deadline: str | float | None = None,
+) -> Outcome | Run:
+    """Run a job here: a workflow's steps, or a portfolio, planned anew by Monte Carlo at every result.
+
+    Args:
+        tools: of a workflow, beside those that are built in.
+        attempt: of a portfolio, one sample of a step on a model; left out, samples do as the job's estimates say.
+        budget, deadline: in place of the job's own, as `"0.30 USD"` and `"60 s"`.
 
     Raises:
         UserError: if a step calls a tool that there is not, or not as it is to be called.
     """
+    if isinstance(job, PortfolioJob):
+        return asyncio.run(_portfolio(with_limits(job, budget, deadline), attempt))
     limited = with_limits(job, budget, deadline)
     problem = problem_of(limited, tools_by_name(tools))
     if problem is not None:
         raise UserError(problem[0], field="steps", right=problem[1])
     return carry_out(limited, job.max_parallel, tools=tools)
+
+
+async def _portfolio(job: PortfolioJob, attempt: Attempt | None) -> Run:
+    clock = RealClock()
+    return await run_portfolio(
+        job.problem,
+        MCPP(job.problem, levels=job.levels, seed=job.seed),
+        attempt or SimulatedAttempts(job.problem, clock, seed=job.seed),
+        budget=job.budget,
+        deadline_s=job.deadline_s,
+        clock=clock,
+        seed=job.seed,
+    )
 
 
 def carry_out(

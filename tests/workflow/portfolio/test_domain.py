@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 import stretto
+from stretto import workflow as wf
 from stretto.core.errors import FieldError, UserError
+from stretto.workflow import portfolio as pf
 from stretto.workflow.portfolio.domain import domain
 from stretto.workflow.portfolio.job import PortfolioJob, PortfolioPlan, Step, Try
 from tests.test_examples import ROOT, blocks
@@ -110,7 +112,8 @@ def test_a_run_is_rehearsed_on_the_real_clock_beside_its_prediction(tmp_path: Pa
     assert (tmp_path / "timeline.html").exists()
 
 
-def test_the_page_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {"__name__": "portfolio_page"}
     for text in blocks(ROOT / "docs" / "portfolio.md", "python"):
         exec(compile(text, "portfolio.md", "exec"), names)
@@ -118,3 +121,21 @@ def test_the_page_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) ->
     assert "Launch(node='draft'" in printed
     assert "budget" in printed
     assert "completed" in printed
+
+
+def test_a_job_is_run_from_python_with_attempts_of_ones_own() -> None:
+    asked = list[tuple[str, str]]()
+
+    async def attempt(node: str, model: str, seed: int) -> pf.Outcome:
+        asked.append((node, model))
+        return pf.Outcome(success=True, cost=0.001, output=f"{node} done")
+
+    asked_for = wf.load(ROOT / "jobs" / "codeflow.yaml")
+    found = wf.run(asked_for, attempt=attempt, budget="0.30 USD", deadline="60 s")
+    assert found.end == "completed"
+    assert found.outputs == {step.name: f"{step.name} done" for step in asked_for.steps}
+    assert found.spent == pytest.approx(0.001 * len(asked))
+    assert found.spent <= 0.30
+    assert wf.run(asked_for, attempt=attempt, budget=0.0).end == "budget_exhausted"
+    with pytest.raises(AttributeError, match="lode"):
+        wf.lode  # noqa: B018
