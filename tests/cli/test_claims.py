@@ -181,5 +181,5 @@ def test_systems_of_a_room(tmp_path: Path) -> None:
     assert code == 0
     assert "flover" in out
     assert "serve: layout: slots" in out
-    assert "1 here, 0 in part, 8 to come" in out
+    assert "1 here, 1 in part, 7 to come" in out
     assert "marlin" not in out
