@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,16 @@ def prefill_speed(model: Model, how: EngineSettings, prompt: Sequence[int]) -> f
     return len(prompt) / (answer.first_token_s - answer.arrived_s)
 
 
+class PeerFailed(Exception):
+    """A peer does not run on this machine."""
+
+
 def ask(python: Path, script: str, asked: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [python, HERE / script], input=json.dumps(asked), capture_output=True, text=True, timeout=900, check=False
     )
     if done.returncode:
-        raise SystemExit(f"{script} failed: {done.stderr[-1000:]}")
+        raise PeerFailed(f"{script} ended with {done.returncode}: {done.stderr[-1000:] or 'it said nothing'}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -166,17 +170,25 @@ def measure(quick: bool) -> Sequence[harness.Row]:
         if options.vllm.exists():
             vllm_folder(folder)
 
+        runs: dict[str, Callable[[], tuple[Speeds, str]]] = {}
+        if options.llama.exists():
+            runs["llama.cpp"] = lambda: llama(options.llama, files, rounds, ids, NEW)
+        if options.vllm.exists():
+            runs["vLLM"] = lambda: vllm(options.vllm, folder, rounds, ids)
+
         def peers() -> Iterator[tuple[str, Speeds, str]]:
-            if options.llama.exists():
-                yield "llama.cpp", *llama(options.llama, files, rounds, ids, NEW)
-            if options.vllm.exists():
-                yield "vLLM", *vllm(options.vllm, folder, rounds, ids)
+            for name, run in list(runs.items()):
+                try:
+                    yield name, *run()
+                except PeerFailed as problem:
+                    print(f"{name} is left out: {problem}", file=sys.stderr)
+                    del runs[name]
 
         before = list(peers())
         speed = ours(2 if quick else 5, ids)
         after = list(peers())
         found = list(rows(speed, before, after))
-        if not quick and not options.small_only and options.llama.exists():
+        if not quick and not options.small_only and "llama.cpp" in runs:
             found += large(options.llama, folder / "large.gguf", ids)
     return found
 
