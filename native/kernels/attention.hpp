@@ -27,6 +27,12 @@ constexpr int64_t kNeighbours = 8;  // rows that one call takes at most
 // One KV head of `count` rows from `row` on, which are neighbouring positions of one text: all of them read the block table of the last.
 using AttendHead = void (*)(const AttentionCall &, int64_t row, int64_t count, int64_t head);
 
+// The kernels of each level.
+extern const AttendHead kAttendPlain;
+#if defined(__x86_64__)
+extern const AttendHead kAttendAvx512Bf16, kAttendAvx512, kAttendAvx2;
+#endif
+
 // The kernel of a level of instructions; throws std::invalid_argument for an unknown one.
 AttendHead attention_kernel(const std::string &level);
 
