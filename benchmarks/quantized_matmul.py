@@ -172,7 +172,7 @@ def better(one: Device, other: Device) -> Device:
 
 def reached(device: Device, inner: int, columns: int, contenders: Sequence[Contender]) -> Device:
     """`device`, or where a contender was faster than the probe's loops what that one reached."""
-    types = {"torch bf16": "bf16", "torch fp32": "fp32", "torch int8": "int8", "bf16": "bf16", "fast": "int8"}
+    types = {"torch bf16": "bf16", "torch fp32": "fp32", "torch int8": "int8", "fast": "int8"}
     peaks, bandwidth = dict(device.peak_flops), device.bandwidth
     for c in contenders:
         dtype = types.get(c.name)

@@ -39,18 +39,18 @@ void decode_attention(const std::string &level, int threads, uintptr_t query, in
                       uintptr_t table, int64_t table_width, uintptr_t length, uintptr_t out, int64_t rows,
                       int64_t kv_heads, int64_t group, int64_t page_tokens, int64_t dim, bool is_bf16) {
     const AttentionCall call{reinterpret_cast<const void *>(query),
-                    row_stride,
-                    reinterpret_cast<const void *>(cache),
-                    reinterpret_cast<const int64_t *>(table),
-                    table_width,
-                    reinterpret_cast<const int64_t *>(length),
-                    reinterpret_cast<void *>(out),
-                    rows,
-                    kv_heads,
-                    group,
-                    page_tokens,
-                    dim,
-                    is_bf16};
+                             row_stride,
+                             reinterpret_cast<const void *>(cache),
+                             reinterpret_cast<const int64_t *>(table),
+                             table_width,
+                             reinterpret_cast<const int64_t *>(length),
+                             reinterpret_cast<void *>(out),
+                             rows,
+                             kv_heads,
+                             group,
+                             page_tokens,
+                             dim,
+                             is_bf16};
     const AttendHead attend = attention_kernel(level);
     if (!attention_has(dim, false)) throw std::invalid_argument("head_dim " + std::to_string(dim) + " has no kernel");
     nb::gil_scoped_release release;

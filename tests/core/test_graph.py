@@ -46,6 +46,22 @@ def test_the_same_graphs_on_real_time(seed: int) -> None:
     world.check(outcomes, *rest)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(20))
+def test_all_of_the_graphs_on_real_time(block: int) -> None:
+    """A hundred at once, each on a clock of its own."""
+
+    async def one(seed: int) -> None:
+        world = World(seed, scale=0.02)
+        outcomes, *rest = await world.run(RealClock())
+        world.check(outcomes, *rest)
+
+    async def main() -> None:
+        await asyncio.gather(*(one(seed) for seed in range(block * SEEDS // 20, (block + 1) * SEEDS // 20)))
+
+    asyncio.run(main())
+
+
 @given(st.integers(0, 10**6))
 def test_the_same_seed_gives_the_same_run(seed: int) -> None:
     def outcome() -> tuple[Any, Any]:

@@ -50,7 +50,7 @@ CPU = Device(
 
 @pytest.mark.parametrize(
     ("path", "bits", "rate"),
-    [("exact", 4, 312e9), ("bf16", 4, 468e9), ("fast", 4, 936e9), ("exact", 8, 312e9), ("bf16", 8, 312e9)],
+    [("exact", 4, 312e9), ("bf16", 4, 468e9), ("fast", 4, 936e9), ("exact", 8, 312e9), ("bf16", 8, 468e9)],
 )
 def test_each_way_of_taking_activations_has_its_own_peak(path: Path, bits: int, rate: float) -> None:
     found = plan(4096, 1024, 2048, CPU, path=path, bits=bits, group=32)

@@ -6,10 +6,10 @@ described in `native/kernels/packed.hpp`. The aim is that of MARLIN (Frantar et 
 weights that is unpacked once for all rows, so that speed is bounded by memory as long as possible.
 
 Activations enter a product in one of three ways: "exact" as whole numbers of 24 bits with a scale for each row and
-group (three products of bytes, with errors as fp32 has them), "bf16" rounded to it and then as whole numbers of 16
-bits (two products of bytes), "fast" as whole numbers of 8 bits. A row's sums run in one order, whatever the number of
-rows, columns and threads, and inside a group they are exact, so that levels with AVX-512 and with AMX give the same
-bits. Weights of 16 bits meet activations in three bf16 parts, or rounded to one.
+group (three products of bytes, with errors as fp32 has them), "bf16" as whole numbers of 12 bits (two products of
+bytes, with a fifth of the error of rounding to bf16), "fast" as whole numbers of 8 bits. A row's sums run in one order,
+whatever the number of rows, columns and threads, and inside a group they are exact, so that levels with AVX-512 and
+with AMX give the same bits. Weights of 16 bits meet activations in three bf16 parts, or rounded to one.
 
 In mixed precision (FMPQ of COMET, Liu et al., ASPLOS 2025) inner elements are sorted so that outliers share few
 groups; on the fast path those groups keep 8 bits and the others 4.

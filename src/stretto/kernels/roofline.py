@@ -81,7 +81,7 @@ def plan(
     require(group == -1 or group >= 1, "group", group, "at least 1, or -1 for one a column")
     require(path is None or path in PATHS, "path", path, f"one of {', '.join(PATHS)}")
     weight_bytes = bytes_per_weight(bits, inner if group == -1 else group, minimum)
-    peak = _packed_peak(device, bits, path, dtype)
+    peak = _packed_peak(device, path, dtype)
     weights, operations = inner * columns, 2.0 * rows * inner * columns
     read_s, compute_s = weight_bytes * weights / device.bandwidth, operations / peak
     return Roofline(
@@ -92,10 +92,10 @@ def plan(
     )
 
 
-def _packed_peak(device: Device, bits: int, path: Path | None, dtype: str) -> float:
-    """Operations/s of the packed product; a value of 24 bits takes three products of bytes."""
+def _packed_peak(device: Device, path: Path | None, dtype: str) -> float:
+    """Operations/s of the packed product; a value of 24 bits takes three products of bytes, one of 12 bits two."""
     if path is None:
         return device.peak(dtype)
     if path == "fast":
         return device.peak("int8")
-    return device.peak("bf16") if path == "bf16" and bits == 4 else device.peak("int8") / 3
+    return device.peak("int8") / 2 if path == "bf16" else device.peak("int8") / 3
