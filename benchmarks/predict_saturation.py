@@ -2,8 +2,8 @@
 
 SmolLM2-135M on the product's own engine: one core (TP=1), two tensor ranks (TP=2), two copies (DP=2), at 0.5, 0.9 and
 1.2 of what each can serve, with so few KV pages that requests are put back. The prediction is the engine's scheduler on
-virtual time with passes that were timed just before and after. Beside it stands a closed form on the same passes, which
-knows no queue: a prompt's seconds to the first token, and the step of Little's batch.
+virtual time with passes that were timed just before and after each load. Beside it stands a closed form on the same
+passes, which knows no queue: a prompt's seconds to the first token, and the step of Little's batch.
 
 Usage: python benchmarks/predict_saturation.py [--json] [--quick]
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -68,24 +69,42 @@ def closed_form(costs: MeasuredCosts, load: Load) -> tuple[float, float]:
     return first, token
 
 
-async def run_plan(
-    layout: Layout, rates: Sequence[float], count: int
-) -> tuple[MeasuredCosts, list[tuple[Load, Served]]]:
-    """Every load for real, between two measurements of passes; the costs are their mean."""
+@dataclass(frozen=True)
+class Run:
+    """A load as it was served, and the passes timed just before and just after, in the mean."""
+
+    rate: float | None
+    load: Load
+    real: Served
+    costs: MeasuredCosts
+
+    @property
+    def said(self) -> Served:
+        return serve(self.load, self.costs, CONFIG)
+
+
+async def run_plan(layout: Layout, rates: Sequence[float], count: int) -> list[Run]:
+    """A load at each of `rates`, in parts of what the plan can serve, and one all at once; for real."""
+    found = []
     async with started(MODEL, layout, CONFIG) as here:
         before = await here.measure()
-        loads = [requests(count, rate * capacity(before)) for rate in rates]
-        served = [(load, await here.serve(load)) for load in loads]
-        return before.mean(await here.measure()), served
+        most = capacity(before)
+        for rate in (*rates, None):
+            load = requests(count, None if rate is None else rate * most)
+            real = await here.serve(load)
+            after = await here.measure()
+            found.append(Run(rate, load, real, before.mean(after)))
+            before = after
+    return found
 
 
-def compare(name: str, costs: MeasuredCosts, runs: Sequence[tuple[Load, Served]], rates: Sequence[float]) -> list[Row]:
+def compare(name: str, runs: Sequence[Run]) -> list[Row]:
     table = []
-    for rate, (load, real) in zip(rates, runs, strict=True):
-        said = serve(load, costs, CONFIG)
+    for run in runs:
+        load, real, said = run.load, run.real, run.said
         measured, predicted = Latencies.of(load, real), Latencies.of(load, said)
-        null_first, null_token = closed_form(costs, load)
-        where = f"{name} at {rate:g} of saturation"
+        null_first, null_token = closed_form(run.costs, load)
+        where = f"{name} at {run.rate:g} of saturation"
         for q in (50, 95):
             there = float(np.quantile(measured.first, q / 100))
             ours = abs(float(np.quantile(predicted.first, q / 100)) / there - 1)
@@ -121,14 +140,9 @@ def measure(quick: bool) -> list[Row]:
     count, rates = (16, (0.9,)) if quick else (120, RATES)
     table, makespans = [], {}
     for name, layout in PLANS.items():
-        costs, runs = asyncio.run(run_plan(layout, rates, count))
-        table += compare(name, costs, runs, rates)
-
-        async def at_once(layout: Layout = layout) -> float:
-            async with started(MODEL, layout, CONFIG) as here:
-                return (await here.serve(requests(count, None))).makespan_s
-
-        makespans[name] = (asyncio.run(at_once()), serve(requests(count, None), costs, CONFIG).makespan_s)
+        *runs, at_once = asyncio.run(run_plan(layout, rates, count))
+        table += compare(name, runs)
+        makespans[name] = (at_once.real.makespan_s, at_once.said.makespan_s)
     return table + ranking(makespans)
 
 

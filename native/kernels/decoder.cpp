@@ -38,6 +38,7 @@ constexpr int kStretches = 11;     // of a layer
 constexpr int kPlacing = 2;        // the one after which attention begins, with the packing of pages
 constexpr int kMixing = 4;         // the one with which it ends
 constexpr int64_t kChunk = 4;      // panels of a product that a thread takes at once
+constexpr int64_t kWide = kChunk * kPanel;
 
 struct Layer {
     Packed qkv, out, gate_up, down;
@@ -157,7 +158,7 @@ class Decoder {
         const Kernels *products = nullptr;
         const RowKernels *row = nullptr;
         AttendHead attend = nullptr;
-        float *x = nullptr, *heads = nullptr, *mixed = nullptr, *both = nullptr, *active = nullptr;
+        float *x = nullptr, *heads = nullptr, *mixed = nullptr, *active = nullptr;
         uint16_t *query16 = nullptr, *mixed16 = nullptr;
         uint8_t *ready = nullptr;
         std::vector<int64_t> neighbours;  // where each run of neighbours begins, and the end
@@ -182,7 +183,6 @@ class Decoder {
             if (!logits) logits = decoder.logits_.get(num_wanted * s.vocab);
             heads = decoder.heads_.get(rows * all_heads() * s.dim);
             mixed = decoder.mixed_.get(rows * q_width());
-            both = decoder.both_.get(rows * 2 * s.ffn);
             active = decoder.active_.get(rows * s.ffn);
             if (cache_is_bf16) {
                 query16 = decoder.query16_.get(rows * q_width());
@@ -221,6 +221,7 @@ class Decoder {
         void walk(int thread, int threads) override {
             const Shape &s = shape();
             std::vector<float> room(static_cast<size_t>(std::max(s.hidden, q_width())));
+            std::vector<float> gates(static_cast<size_t>(2 * std::min(rows, kRowBlock) * kWide));
             float *normed = room.data();
             Stretch *stretch = stretches;
             const int64_t runs = static_cast<int64_t>(neighbours.size()) - 1;
@@ -241,7 +242,7 @@ class Decoder {
                 next(rows, [&](int64_t r) { prepare_mixed(layer.out, normed, r); });
                 next(chunks(layer.out), [&](int64_t c) { multiply(layer.out, rows, c, x, s.hidden, true); });
                 next(rows, [&](int64_t r) { norm_into(layer.gate_up, rows, layer.norm_mlp, normed, r, r); });
-                next(chunks(layer.gate_up) / 2 + 1, [&](int64_t c) { gate(layer, c); });
+                next(chunks(layer.gate_up) / 2 + 1, [&](int64_t c) { gate(layer, c, gates.data()); });
                 next(rows, [&](int64_t r) { products->prepare(ready_for(layer.down, rows), r, active + r * s.ffn, s.ffn); });
                 next(chunks(layer.down), [&](int64_t c) { multiply(layer.down, rows, c, x, s.hidden, true); });
             }
@@ -282,11 +283,8 @@ class Decoder {
         }
 
         void multiply(const Packed &w, int64_t count, int64_t chunk, float *out, int64_t stride, bool add) {
-            multiply_panels(w, count, chunk * kChunk, std::min((chunk + 1) * kChunk, w.panels()), out, stride, add);
-        }
-
-        void multiply_panels(const Packed &w, int64_t count, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
             const Rows made = ready_for(w, count);
+            const int64_t first = chunk * kChunk, last = std::min(first + kChunk, w.panels());
             for (int64_t r = 0; r < count; r += kRowBlock) {
                 products->multiply(made.from(r, std::min(kRowBlock, count - r)), w, first, last, out + r * stride, stride, add);
             }
@@ -382,16 +380,23 @@ class Decoder {
             products->prepare(ready_for(w, rows), r, from, q_width());
         }
 
-        // Gates and what they let through lie a half apart; one chunk is the same columns of both, and their product.
-        void gate(const Layer &layer, int64_t chunk) {
+        // Gates and what they let through lie a half apart; one chunk is the same columns of both, and their product. What the two products
+        // give stays in the thread's own `gates`, row by row side by side.
+        void gate(const Layer &layer, int64_t chunk, float *gates) {
             const int64_t ffn = shape().ffn, panels = ffn / kPanel;
             const int64_t first = std::min(chunk * kChunk, panels), last = std::min(first + kChunk, panels);
             if (first == last) return;
-            multiply_panels(layer.gate_up, rows, first, last, both, 2 * ffn, false);
-            multiply_panels(layer.gate_up, rows, panels + first, panels + last, both, 2 * ffn, false);
-            for (int64_t r = 0; r < rows; r++) {
-                const float *from = both + r * 2 * ffn + first * kPanel;
-                row->gate(from, from + ffn, active + r * ffn + first * kPanel, (last - first) * kPanel);
+            const Rows made = ready_for(layer.gate_up, rows);
+            for (int64_t r = 0; r < rows; r += kRowBlock) {
+                const Rows some = made.from(r, std::min(kRowBlock, rows - r));
+                for (int64_t half = 0; half < 2; half++) {
+                    const Packed columns = layer.gate_up.from(half * panels + first);
+                    products->multiply(some, columns, 0, last - first, gates + half * kWide, 2 * kWide, false);
+                }
+                for (int64_t i = 0; i < some.count; i++) {
+                    const float *from = gates + i * 2 * kWide;
+                    row->gate(from, from + kWide, active + (r + i) * ffn + first * kPanel, (last - first) * kPanel);
+                }
             }
         }
     };
@@ -402,7 +407,7 @@ class Decoder {
     const float *norm_final_ = nullptr;
     std::optional<Packed> table_;
     const float *rows_ = nullptr;
-    Buffer<float> x_, logits_, heads_, mixed_, both_, active_;
+    Buffer<float> x_, logits_, heads_, mixed_, active_;
     Buffer<uint16_t> query16_, mixed16_;
     Buffer<uint8_t> ready_;
     std::vector<std::shared_ptr<Run>> runs_;

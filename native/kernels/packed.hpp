@@ -37,6 +37,13 @@ struct Packed {
     int64_t group_bytes() const { return numbers_bytes() + int64_t(group) * kPanel * bits / 8; }
     int64_t panel_bytes() const { return groups() * group_bytes(); }
     int64_t bytes() const { return panels() * panel_bytes(); }
+    // The columns of a panel, and all behind them.
+    Packed from(int64_t panel) const {
+        Packed rest = *this;
+        rest.data += panel * panel_bytes();
+        rest.columns -= panel * kPanel;
+        return rest;
+    }
 };
 
 // How activations enter a product.

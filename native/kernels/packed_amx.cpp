@@ -18,7 +18,7 @@ namespace {
 
 #define STRETTO_INLINE_BF16 __attribute__((target(STRETTO_AVX512_BF16), always_inline))
 
-constexpr int64_t kFewest = 8;  // rows below which vectors are as fast
+constexpr int64_t kFewest = 4, kFewestFast = 8;  // rows below which vectors are as fast; of one plane, more
 constexpr int kTile = 16;       // rows of a tile, and its columns
 
 // Tiles by their numbers: the sums of up to three planes, rows, weights.
@@ -63,6 +63,7 @@ int depth_of(const Rows &rows) { return !rows.twelves && rows.group % 64 ? 32 : 
 
 // One panel made ready, and where its results go: weights as bytes, four inner elements of sixteen columns in 64 of them, groups
 // `group_bytes` apart; for twelves each 32 elements times sixteen, then as they are. For each group sixteen scales and sixteen minima.
+// `ahead` is the panel after it as it is in memory, `ahead_bytes` a group of it, or null.
 struct Panel {
     const uint8_t *weights;
     int64_t group_bytes;
@@ -70,6 +71,14 @@ struct Panel {
     float *out;
     int64_t stride, width;
     bool add;
+    const uint8_t *ahead;
+    int64_t ahead_bytes;
+
+    // Ask for group g of the panel after this one, so that it comes from memory while this one is multiplied.
+    void ask_ahead(int64_t g) const {
+        if (!ahead) return;
+        for (int64_t i = 0; i < ahead_bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(ahead + g * ahead_bytes + i), _MM_HINT_T0);
+    }
 };
 
 template <int BITS, bool MINIMUM>
@@ -151,6 +160,7 @@ STRETTO_TARGET_BF16 void multiply_block(const Rows &rows, int64_t first, int hei
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) total[r] = _mm512_setzero_ps();
     const auto sum = [&](int64_t g, Sums &to) STRETTO_INLINE_BF16 {
+        panel.ask_ahead(g);
         sum_group<SUMS>(values + g * pieces * step, stride, between, step, pieces, panel.weights + g * panel.group_bytes,
                         depth * kPanel, to[0][0]);
     };
@@ -198,19 +208,24 @@ STRETTO_TARGET_BF16 void multiply_sums(const Rows &rows, const Packed &w, int64_
     for (int64_t p = first; p < last; p++) {
         const uint8_t *data = w.data + p * w.panel_bytes();
         make_ready(w, TWELVES, data, weights, numbers);
-        const Panel panel{w.bits == 8 ? data + w.numbers_bytes() : weights,
+        Panel panel{w.bits == 8 ? data + w.numbers_bytes() : weights,
                           w.bits == 8 ? w.group_bytes() : int64_t(w.group) * kPanel * (TWELVES ? 2 : 1),
                           numbers,
                           out + p * kPanel,
                           stride,
                           std::min<int64_t>(kPanel, w.columns - p * kPanel),
-                          add};
+                          add,
+                          p + 1 < last ? data + w.panel_bytes() : nullptr,
+                          w.group_bytes()};
         for (int64_t r = 0; r < rows.count; r += rows.tall) {
             const int height = int(std::min<int64_t>(rows.tall, rows.count - r));
             if (height != shaped) Shapes(height, depth_of(rows)).use();
             shaped = height;
-            const auto run = height <= 8 ? multiply_block<8, SUMS, TWELVES> : multiply_block<16, SUMS, TWELVES>;
+            const auto run = height <= 4   ? multiply_block<4, SUMS, TWELVES>
+                             : height <= 8 ? multiply_block<8, SUMS, TWELVES>
+                                           : multiply_block<16, SUMS, TWELVES>;
             run(rows, r, height, panel);
+            panel.ahead = nullptr;
         }
     }
     Shapes::release();
@@ -219,7 +234,7 @@ STRETTO_TARGET_BF16 void multiply_sums(const Rows &rows, const Packed &w, int64_
 STRETTO_TARGET_BF16 void multiply_amx(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
     if (rows.twelves == 2) return multiply_sums<2, true>(rows, w, first, last, out, stride, add);
     if (rows.twelves == 1) return multiply_sums<1, true>(rows, w, first, last, out, stride, add);
-    if (!rows.whole || rows.count < kFewest) return kPackedAvx512.multiply(rows, w, first, last, out, stride, add);
+    if (!rows.whole || rows.count < (rows.planes > 1 ? kFewest : kFewestFast)) return kPackedAvx512.multiply(rows, w, first, last, out, stride, add);
     if (rows.planes == 3) return multiply_sums<3, false>(rows, w, first, last, out, stride, add);
     if (rows.planes == 2) return multiply_sums<2, false>(rows, w, first, last, out, stride, add);
     return multiply_sums<1, false>(rows, w, first, last, out, stride, add);

@@ -384,6 +384,21 @@ double tile(const std::string &level, const Array<const A> &a, const Array<const
     });
 }
 
+// The same with AMX tiles, whose A is [32][inner].
+template <typename A, typename B, typename C, typename Tile>
+double amx_tile(const Array<const A> &a, const Array<const B> &b, const Array<C> &c, int repeats, int threads, Tile kernel) {
+    if (!probe::has_amx()) { throw std::invalid_argument("this machine has no AMX tiles"); }
+    const size_t side = probe::kAmxSide, inner = a.size() / side;
+    if (inner == 0 || inner % (64 / sizeof(A)) || a.size() != inner * side || b.size() != inner * side * size_t(threads) ||
+        c.size() != side * side * size_t(threads)) {
+        throw std::invalid_argument("a, b and c must hold 32 x inner, threads x inner x 32 and threads x 32 x 32");
+    }
+    nb::gil_scoped_release unlocked;
+    return timed(threads, [&](int t) {
+        kernel(a.data(), b.data() + size_t(t) * inner * side, inner, c.data() + size_t(t) * side * side, repeats);
+    });
+}
+
 std::string best_level_name() { return kLevels[int(probe::best_level())]; }
 
 } // namespace
@@ -409,6 +424,19 @@ void bind_loops(nb::module_ &m) {
         [](const std::string &level, Array<const uint8_t> a, Array<const int8_t> b, Array<int32_t> c, int repeats,
            int threads) { return tile<4>(level, a, b, c, repeats, threads, probe::tile_int8); },
         "level"_a, "a"_a, "b"_a, "c"_a, "repeats"_a, "threads"_a);
+    m.def("has_amx", &probe::has_amx);
+    m.def(
+        "amx_bf16",
+        [](Array<const uint16_t> a, Array<const uint16_t> b, Array<float> c, int repeats, int threads) {
+            return amx_tile(a, b, c, repeats, threads, probe::amx_bf16);
+        },
+        "a"_a, "b"_a, "c"_a, "repeats"_a, "threads"_a);
+    m.def(
+        "amx_int8",
+        [](Array<const uint8_t> a, Array<const int8_t> b, Array<int32_t> c, int repeats, int threads) {
+            return amx_tile(a, b, c, repeats, threads, probe::amx_int8);
+        },
+        "a"_a, "b"_a, "c"_a, "repeats"_a, "threads"_a);
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
     m.def("stolen_share", &probe::stolen_share, "seconds"_a, unlocked);
     m.def("wake", &probe::wake, "rounds"_a, unlocked);

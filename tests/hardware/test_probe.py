@@ -74,6 +74,22 @@ def test_tiles_are_products_of_matrices(level: str, threads: int) -> None:
     np.testing.assert_array_equal(sums, 3 * expected)
 
 
+@pytest.mark.skipif(not _native.has_amx(), reason="this machine has no AMX")
+@pytest.mark.parametrize("threads", THREADS)
+def test_amx_tiles_are_products_of_matrices(threads: int) -> None:
+    random = np.random.default_rng(0)
+    a, b = random.integers(0, 8, (32, 128)), random.integers(-8, 8, (threads, 128, 32))
+    expected = a @ b
+    sums = np.zeros(expected.shape, np.int32)
+    _native.amx_int8(a.astype(np.uint8), _side_by_side(b, 4).astype(np.int8), sums, 3, threads)
+    np.testing.assert_array_equal(sums, 3 * expected)
+    c = np.zeros(expected.shape, np.float32)
+    _native.amx_bf16(_bf16(a), _bf16(_side_by_side(b, 2)), c, 3, threads)
+    np.testing.assert_array_equal(c, 3 * expected)
+    with pytest.raises(ValueError, match="must hold"):
+        _native.amx_int8(np.zeros((32, 32), np.uint8), np.zeros((32, 32), np.int8), sums[:1], 1, 1)
+
+
 def test_mistaken_sizes_and_levels_are_refused() -> None:
     a, b, c = np.zeros((8, 6), np.float32), np.zeros((8, 32), np.float32), np.zeros((6, 32), np.float32)
     with pytest.raises(ValueError, match="level is sse9"):

@@ -28,6 +28,21 @@ def tile_int8(
     repeats: int,
     threads: int,
 ) -> float: ...
+def has_amx() -> bool: ...
+def amx_bf16(
+    a: NDArray[np.uint16],
+    b: NDArray[np.uint16],
+    c: NDArray[np.float32],
+    repeats: int,
+    threads: int,
+) -> float: ...
+def amx_int8(
+    a: NDArray[np.uint8],
+    b: NDArray[np.int8],
+    c: NDArray[np.int32],
+    repeats: int,
+    threads: int,
+) -> float: ...
 def stolen_share(seconds: float) -> float: ...
 def wake(rounds: int) -> float: ...
 def shared_message(bytes: int, rounds: int, limit_s: float) -> float: ...  # noqa: A002

@@ -40,9 +40,10 @@ _QUIET_SHARE, _QUIET_WAIT_S = 0.05, 0.8
 _ROUND_S, _ROUNDS, _PEAK_ATTEMPTS = 0.01, 5, 3
 _LOOPS_S = 4.0
 _TILE_ROWS, _TILE_COLUMNS, _TILE_INNER = 6, 32, 256
+_AMX_SIDE, _AMX_INNER = 32, 512
 _MESSAGES = (64, 4 * KIB, 64 * KIB, MIB, 8 * MIB)
 _MESSAGE_LIMIT_S = 0.3
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 def probe(*, again: bool = False, progress: Progress | None = None) -> Cluster:
@@ -250,7 +251,14 @@ _TILES: Mapping[str, tuple[Any, Any, Any, Any]] = {
 
 
 def _peak(fastest: _Fastest, dtype: str, level: str, threads: int) -> float:
-    """Operations/s of tiles whose operands stay in the first two caches."""
+    """Operations/s of tiles whose operands stay in the first two caches; the faster of vectors and AMX."""
+    peak = _vector_peak(fastest, dtype, level, threads)
+    if dtype in _AMX_TILES and _native.has_amx():
+        peak = max(peak, _amx_peak(fastest, dtype, threads))
+    return peak
+
+
+def _vector_peak(fastest: _Fastest, dtype: str, level: str, threads: int) -> float:
     kernel, type_a, type_b, type_c = _TILES[dtype]
     a = np.zeros((_TILE_INNER, _TILE_ROWS), type_a)
     size = threads * _TILE_INNER * _TILE_COLUMNS
@@ -259,6 +267,22 @@ def _peak(fastest: _Fastest, dtype: str, level: str, threads: int) -> float:
     c = np.zeros((threads, _TILE_ROWS, _TILE_COLUMNS), type_c)
     work = 2.0 * threads * _TILE_INNER * _TILE_ROWS * _TILE_COLUMNS
     return float(work / fastest(lambda n: kernel(level, a, b, c, n, threads)))
+
+
+_AMX_TILES: Mapping[str, tuple[Any, Any, Any, Any]] = {
+    "bf16": (_native.amx_bf16, np.uint16, np.uint16, np.float32),
+    "int8": (_native.amx_int8, np.uint8, np.int8, np.int32),
+}
+
+
+def _amx_peak(fastest: _Fastest, dtype: str, threads: int) -> float:
+    kernel, type_a, type_b, type_c = _AMX_TILES[dtype]
+    size = _AMX_INNER * _AMX_SIDE
+    a = _aligned(size * np.dtype(type_a).itemsize).view(type_a)
+    b = _aligned(threads * size * np.dtype(type_b).itemsize).view(type_b)
+    a[:], b[:] = 0, 0
+    c = np.zeros((threads, _AMX_SIDE, _AMX_SIDE), type_c)
+    return float(2.0 * threads * size * _AMX_SIDE / fastest(lambda n: kernel(a, b, c, n, threads)))
 
 
 def _message_seconds() -> dict[int, float]:

@@ -8,8 +8,8 @@ however many threads there are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 KV = Literal["plain", "int4"]
+
+_MOST_ROWS = 256
+"""Rows that go through the layers together: of more, what lies between the products leaves the caches."""
 
 
 class FusedDecoder:
@@ -102,7 +105,20 @@ class FusedDecoder:
         return layout
 
     def _run(self, layout: _Layout, cache: Cache, *, level: str, logits: int = 0, picks: int = 0) -> None:
-        products, attention, head = self._decoder.forward(
+        """Block by block of the rows; logits or picks go to these addresses, one wanted row after another."""
+        seconds, done = [0.0, 0.0, 0.0], 0
+        for block in layout.blocks():
+            to_logits = logits and logits + done * self.spec.vocab * 4
+            spent = self._run_block(block, cache, level, to_logits, picks and picks + done * 8)
+            seconds = [a + b for a, b in zip(seconds, spent, strict=True)]
+            done += len(block.wanted)
+        alone = "attention_prefill" if layout.prompt else "attention_decode"
+        self.seconds = dict(zip(("products", alone, "head"), seconds, strict=True))
+
+    def _run_block(
+        self, layout: _Layout, cache: Cache, level: str, logits: int, picks: int
+    ) -> tuple[float, float, float]:
+        return self._decoder.forward(
             level,
             self.path,
             torch.get_num_threads(),
@@ -122,8 +138,6 @@ class FusedDecoder:
             logits,
             picks,
         )
-        alone = "attention_prefill" if layout.prompt else "attention_decode"
-        self.seconds = {"products": products, alone: attention, "head": head}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +150,23 @@ class _Layout:
     wanted: Ints
     prompt: bool
     open_tables: Ints | None
+
+    def blocks(self) -> Iterator[_Layout]:
+        """The same rows in passes of at most `_MOST_ROWS`."""
+        if len(self.tokens) <= _MOST_ROWS:
+            yield self
+            return
+        for first in range(0, len(self.tokens), _MOST_ROWS):
+            some = slice(first, first + _MOST_ROWS)
+            begin, end = np.searchsorted(self.wanted, (some.start, some.stop))
+            yield replace(
+                self,
+                tokens=self.tokens[some],
+                lengths=self.lengths[some],
+                tables=self.tables[some],
+                wanted=self.wanted[begin:end] - first,
+                open_tables=None if self.open_tables is None else self.open_tables[some],
+            )
 
 
 def _lay_out(tokens: Ints, segments: Sequence[Segment], cache: Cache) -> _Layout:

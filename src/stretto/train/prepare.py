@@ -31,21 +31,36 @@ _LARGEST_ROWS = 2048
 
 
 def prepare(
-    job: TrainJob, spec: ModelSpec, plans: Iterable[TrainPlan], cluster: Cluster, progress: Progress
+    job: TrainJob,
+    spec: ModelSpec,
+    plans: Iterable[TrainPlan],
+    cluster: Cluster,
+    progress: Progress,
+    *,
+    again: bool = False,
 ) -> Cluster:
-    """The cluster with tables for the pieces of all `plans`; other machines than this one are returned as they are."""
+    """The cluster with tables for the pieces of all `plans`; other machines than this one are returned as they are.
+
+    Args:
+        again: measure anew, whatever the cache holds.
+    """
     if not is_this_machine(cluster):
         return cluster
     wanted: dict[str, tuple[TrainPlan, set[int]]] = {}
     for plan in plans:
-        bench = _bench(plan)
-        key = signature(job, bench, spec, "")
+        bench, key = _bench(plan), bench_of(job, spec, plan)
         wanted.setdefault(key, (bench, set()))[1].add(plan.micro_batch)
     for number, (plan, sizes) in enumerate(wanted.values()):
         progress("timing pieces of the model", number, len(wanted))
-        cluster = cluster.with_measured(plan.devices[0], _tables(job, spec, plan, _timed(job, plan, sizes), cluster))
+        made = _tables(job, spec, plan, _timed(job, plan, sizes), cluster, again)
+        cluster = cluster.with_measured(plan.devices[0], made)
     progress("timing pieces of the model", len(wanted), len(wanted))
     return cluster
+
+
+def bench_of(job: TrainJob, spec: ModelSpec, plan: TrainPlan) -> str:
+    """Plans of which this is the same are predicted from the same tables."""
+    return signature(job, _bench(plan), spec, "")
 
 
 def _bench(plan: TrainPlan) -> TrainPlan:
@@ -70,10 +85,12 @@ def _timed(job: TrainJob, plan: TrainPlan, sizes: set[int]) -> list[int]:
     return sorted({able[0], able[len(able) // 2], able[-1]})
 
 
-def _tables(job: TrainJob, spec: ModelSpec, plan: TrainPlan, sizes: list[int], cluster: Cluster) -> dict[str, Table]:
+def _tables(
+    job: TrainJob, spec: ModelSpec, plan: TrainPlan, sizes: list[int], cluster: Cluster, again: bool
+) -> dict[str, Table]:
     name = sha256(f"{signature(job, plan, spec, '')} {sizes} {job.optimizer.name}".encode()).hexdigest()[:24]
     file = cache_folder() / f"train-{_FORMAT}-{cluster.fingerprint()}" / f"{name}.json"
-    cached = _read(file)
+    cached = None if again else _read(file)
     if cached is not None:
         return cached
     found: dict[int, dict[str, list[list[float]]]] = {}
