@@ -75,7 +75,7 @@ async def run_plan(
     async with started(MODEL, layout, CONFIG) as here:
         before = await here.measure()
         loads = [requests(count, rate * capacity(before)) for rate in rates]
-        served = [(load, await here.serve(load)) for load in loads]
+        served = [(load, (await here.serve(load))[1]) for load in loads]
         return before.mean(await here.measure()), served
 
 
@@ -126,7 +126,7 @@ def measure(quick: bool) -> list[Row]:
 
         async def at_once(layout: Layout = layout) -> float:
             async with started(MODEL, layout, CONFIG) as here:
-                return (await here.serve(requests(count, None))).makespan_s
+                return (await here.serve(requests(count, None)))[1].makespan_s
 
         makespans[name] = (asyncio.run(at_once()), serve(requests(count, None), costs, CONFIG).makespan_s)
     return table + ranking(makespans)
