@@ -65,6 +65,10 @@ class HereDomain:
         from stretto.serve.deploy.here.prepare import prepare
 
         load_of(job.load)
+        try:
+            choices.path_of(job.model, 1)  # the model is here
+        except UserError as problem:
+            raise problem.at(field="model") from None
         return prepare(job, cluster, progress)
 
     def run(self, plan: Plan[DeploymentJob, DeploymentPlan], ctx: Context) -> Result:

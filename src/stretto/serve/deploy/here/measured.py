@@ -1,7 +1,8 @@
 """Seconds of the steps of a copy on this machine as they were measured, and where they are measured.
 
 They stand in for `StepCosts`: a decoding step is a straight line over the positions that it reads, whose ends lie on
-lines over its rows; a step with prompts is a line over its rows, and what was cached before is read again.
+lines over its rows; a step with prompts is a line over their rows, to which each decoding row adds what it adds to a
+batch that decodes, and what was cached before is read again.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class MeasuredCosts:
     Attributes:
         decode: (rows, seconds without any cached position, seconds a cached position of all rows together).
         prompts: (tokens, seconds) of a lone prompt.
-        spread: by which share passes of one kind differed.
+        spread: by which share passes of one kind differed, in the middle of all kinds.
     """
 
     layout: Layout
@@ -83,7 +84,8 @@ class MeasuredCosts:
         base, each = self._decoding(lane.decoders)
         if lane.eager:
             xs, ys = zip(*self.prompts, strict=True)
-            return Parts(_line(xs, ys, lane.rows) + lane.prompt_s + each * lane.cached, 0.0, 0.0)
+            beside = base - self._decoding(0)[0] + each * lane.cached if lane.decoders else 0.0
+            return Parts(_line(xs, ys, lane.rows - lane.decoders) + lane.prompt_s + beside, 0.0, 0.0)
         return Parts(base + each * lane.cached, 0.0, 0.0)
 
     def cycle(self, groups: Iterable[Sequence[Lane]]) -> Parts:

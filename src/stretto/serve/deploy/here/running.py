@@ -67,7 +67,7 @@ class Here:
     async def measure(self, points: Points | None = None, *, repeats: int = 3) -> MeasuredCosts:
         """Time passes on made-up tokens, on all copies at once, since they share the machine."""
         points = points or Points()
-        decode, spreads = [], []
+        decode, prompts, spreads = [], [], []
         for rows in points.rows:
             timed = [await self._steps_s(rows, context) for context in points.contexts]
             seconds = [float(np.median(steps)) for steps in timed]
@@ -75,10 +75,10 @@ class Here:
             positions = [rows * (context + STEPS / 2) for context in points.contexts]
             slope = max(0.0, (seconds[1] - seconds[0]) / (positions[1] - positions[0]))
             decode.append((rows, max(0.0, seconds[0] - slope * positions[0]), slope))
-        prompts = []
         for tokens in points.prompts:
-            found = [await self._times([tokens], 1) for _ in range(repeats)]
-            prompts.append((tokens, float(np.median([first for run in found for first, *_ in run]))))
+            found = [first for _ in range(repeats) for first, *_ in await self._times([tokens], 1)]
+            spreads.append(spread_of(found))
+            prompts.append((tokens, float(np.median(found))))
         return MeasuredCosts(
             layout=self.layout, decode=tuple(decode), prompts=tuple(prompts), spread=float(np.median(spreads))
         )
