@@ -18,7 +18,8 @@ from stretto.serve.scheduler import SchedulerConfig
 
 STEPS = 12
 """Steps of a decoding batch that are timed together."""
-_LEAST_SPREAD = 0.05
+_LEAST_SPREAD = 0.1
+"""Passes that are timed in a row differ less than they do from those of a load."""
 
 
 @dataclass(frozen=True, kw_only=True)
