@@ -91,7 +91,7 @@ async def run_plan(layout: Layout, rates: Sequence[float], count: int) -> list[R
         most = capacity(before)
         for rate in (*rates, None):
             load = requests(count, None if rate is None else rate * most)
-            real = await here.serve(load)
+            _, real = await here.serve(load)
             after = await here.measure()
             found.append(Run(rate, load, real, before.mean(after)))
             before = after

@@ -157,6 +157,17 @@ def test_training_jobs_run_and_learn(file: Path, tmp_path: Path) -> None:
     assert {"html", "curves"} <= set(result.files)
 
 
+@pytest.mark.slow
+def test_the_load_is_served_here(tmp_path: Path) -> None:
+    """As a user runs it: timed, planned for this machine, served by worker processes, with a report."""
+    best = stretto.plan(stretto.load(ROOT / "jobs" / "serve-load-here.yaml")).best
+    result = stretto.run(best, ctx=stretto.Context(output=tmp_path))
+    assert not result.interrupted
+    assert len(result.outputs) == best.job.load.requests
+    assert all(0 < output["first_token_s"] <= output["latency_s"] for output in result.outputs)
+    assert {"html", "perfetto_measured"} <= set(result.files)
+
+
 def test_a_name_that_does_not_exist_is_not_found() -> None:
     assert not hasattr(stretto, "conduct")
     with pytest.raises(UserError, match="no such file"):

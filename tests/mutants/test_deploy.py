@@ -89,6 +89,141 @@ MUTANTS = [
         "seconds=_number(1e-3)",
         "seconds=_number(1.0)",
     ),
+    Mutant(
+        "an uneven pipeline goes at its last stage's pace",
+        "serve/deploy/costs.py",
+        "if self._most_layers == self._last_layers:",
+        "if True:",
+    ),
+    Mutant(
+        "every stage of an uneven pipeline has the head",
+        "serve/deploy/costs.py",
+        "self._stage_of(self._most_layers, layer, 0, rows, lanes)",
+        "self._stage_of(self._most_layers, layer, tokens, rows, lanes)",
+    ),
+    Mutant(
+        "memory is that of the lightest stage",
+        "serve/deploy/layout.py",
+        "layers = stage_layers(spec.layers, layout.stages)[0]",
+        "layers = stage_layers(spec.layers, layout.stages)[-1]",
+    ),
+    Mutant(
+        "the last stages have what is left over",
+        "serve/deploy/layout.py",
+        "return (each + 1,) * over + (each,) * (stages - over)",
+        "return (each,) * (stages - over) + (each + 1,) * over",
+    ),
+    Mutant(
+        "stages may be without a layer",
+        "serve/deploy/layouts.py",
+        "if stages > spec.layers or not",
+        "if not",
+    ),
+    Mutant(
+        "a page is known by the block in which it begins",
+        "serve/deploy/load.py",
+        "((page + 1) * page_tokens - 1) // size",
+        "(page * page_tokens) // size",
+    ),
+    Mutant(
+        "pages beyond the prompt are known",
+        "serve/deploy/load.py",
+        "known = min(int(self.prompt[request]), len(blocks) * size)",
+        "known = len(blocks) * size",
+    ),
+    Mutant(
+        "conversations are one and the same",
+        "serve/deploy/drawn.py",
+        "tuple((int(i),) for i in order // spec.turns)",
+        "tuple((0,) for i in order // spec.turns)",
+    ),
+    Mutant(
+        "the scheduler does not hear of prefixes",
+        "serve/deploy/simulate.py",
+        "if settings.prefix_cache else ()",
+        "if False else ()",
+    ),
+    Mutant(
+        "cached tokens are not counted",
+        "serve/deploy/simulate.py",
+        "self.clock.cached[chunk.id] = chunk.start",
+        "self.clock.cached[chunk.id] = 0",
+    ),
+    Mutant(
+        "what is cached is computed nevertheless",
+        "serve/deploy/simulate.py",
+        "rows=decoders + sum(chunk.count for chunk in decision.prefill)",
+        "rows=decoders + sum(chunk.start + chunk.count for chunk in decision.prefill)",
+    ),
+    Mutant(
+        "the last token of a prompt is adopted",
+        "serve/scheduler.py",
+        "return request.prefix[: (request.length - 1) // self.config.page_tokens]",
+        "return request.prefix[: request.length // self.config.page_tokens]",
+    ),
+]
+HERE_TESTS = ["tests/serve/deploy/test_here.py"]
+HERE = [
+    Mutant(
+        "decoding rows beside a prompt cost nothing",
+        "serve/deploy/here/measured.py",
+        "+ lane.prompt_s + beside, 0.0, 0.0)",
+        "+ lane.prompt_s, 0.0, 0.0)",
+    ),
+    Mutant(
+        "one copy gets all requests",
+        "serve/deploy/here/running.py",
+        "engines[i % len(engines)]",
+        "engines[0]",
+    ),
+    Mutant(
+        "requests come at once",
+        "serve/deploy/here/running.py",
+        "while not stop.is_set() and arrival > self.clock.now:",
+        "while False:",
+    ),
+    Mutant(
+        "requests that were cut off count as served",
+        "serve/deploy/here/running.py",
+        'if handle.reason != "cancelled"]',
+        "if True]",
+    ),
+    Mutant(
+        "prompts that are timed are found in the cache",
+        "serve/deploy/here/running.py",
+        "default_rng(next(self._seeds))",
+        "default_rng(0)",
+    ),
+    Mutant(
+        "all made-up prompts are alike",
+        "serve/deploy/load.py",
+        "default_rng([2, request])",
+        "default_rng([2, 0])",
+    ),
+    Mutant(
+        "the machine's pace is not heeded",
+        "serve/deploy/here/run.py",
+        "costs.at_pace(played.pace)",
+        "costs",
+    ),
+    Mutant(
+        "what is old is believed",
+        "serve/deploy/here/prepare.py",
+        "time.time() - file.stat().st_mtime > FRESH_S",
+        "False",
+    ),
+    Mutant(
+        "more copies than cores",
+        "serve/deploy/here/choices.py",
+        "if layout.total > cores:",
+        "if layout.total > cores + 1:",
+    ),
+    Mutant(
+        "any engine runs here",
+        "serve/deploy/here/choices.py",
+        "return job.engine in (None, HERE) and is_this_machine(cluster)",
+        "return is_this_machine(cluster)",
+    ),
 ]
 
 
@@ -99,6 +234,14 @@ def test_deployments(mutant: Mutant) -> None:
     assert "mutant's text" not in done.stderr
 
 
-def test_the_tests_pass_without_a_mutant() -> None:
-    done = run(TESTS, None)
+@pytest.mark.parametrize("mutant", HERE, ids=[mutant.wrong.replace(" ", "-") for mutant in HERE])
+def test_deployments_here(mutant: Mutant) -> None:
+    done = run(HERE_TESTS, mutant)
+    assert done.returncode == 1, f"{mutant.wrong}: not noticed\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert "mutant's text" not in done.stderr
+
+
+@pytest.mark.parametrize("tests", [TESTS, HERE_TESTS], ids=["anywhere", "here"])
+def test_the_tests_pass_without_a_mutant(tests: list[str]) -> None:
+    done = run(tests, None)
     assert done.returncode == 0, done.stdout[-2000:]

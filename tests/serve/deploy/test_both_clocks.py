@@ -7,7 +7,10 @@ on no clock at all must decide alike, and so must an engine that meets them on v
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from stretto.serve.scheduler import Scheduler, SchedulerConfig
 
 from .worlds import config
 
+ROOT = Path(__file__).parents[3]
 CHAT = LoadSpec(requests=1, rate_per_s=1.0, prompt_tokens=120, output_tokens=40, spread=1.0, seed=5)
 """Lengths as a chat's: most are short, a few are long."""
 
@@ -87,3 +91,31 @@ def test_two_thousand_decisions_are_equal_on_both_clocks(prefill: str, horizon: 
 @pytest.mark.slow
 def test_a_hundred_thousand_decisions_are_equal_on_both_clocks() -> None:
     assert compare(45_000, prefill="mixed", horizon="page") >= 100_000
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared prefixes"])
+def test_a_recorded_trace_is_decided_alike_on_both_clocks(
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of both runs, one by one, as the benchmark compares them; the file is drawn, in Mooncake's form."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import replay_trace
+
+    drawn = load_of(replace(CHAT, requests=300))
+    lines = []
+    for i in range(len(drawn)):
+        fields = {"timestamp": 1e3 * drawn.arrival_s[i], "input_length": int(drawn.prompt[i])}
+        hashes = [i % 3 + 10 * k for k in range(-(-int(drawn.prompt[i]) // 512))] if shared else []
+        lines.append(json.dumps({**fields, "output_length": int(drawn.output[i]), "hash_ids": hashes}) + "\n")
+    (tmp_path / "recorded.jsonl").write_text("".join(lines))
+    load = load_of(LoadSpec(trace=str(tmp_path / "recorded.jsonl")))
+    found = replay_trace.compare(load, 500, speed=1e9)
+    assert found.decisions >= 500
+    assert found.steps >= found.decisions > found.virtual_decisions
+    assert (found.different, found.replayed_differently) == (0, 0)
+    assert found.put_back > 0 or shared
+    assert (found.cached > 0) == shared
+    other = replay_trace.Expansion(16)
+    log = replay_trace.on_the_real_clock(load, replay_trace.config_of(load), 50, 1e9)
+    steps = list(other.steps(log))
+    assert all(len(set(map(tuple, pages))) == len(rows) for _, _, rows, pages in steps)

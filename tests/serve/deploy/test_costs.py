@@ -202,6 +202,37 @@ def test_a_pipelines_cycle_is_its_longest_group_or_its_busiest_stage() -> None:
     assert of.cycle([long, *lanes[1:]]).total == pytest.approx(4 * of.stage(long).total)
 
 
+def test_the_slowest_stage_sets_the_pace_of_an_uneven_pipeline() -> None:
+    """Nine layers in two stages: five, or four and the head, whichever takes longer."""
+    step, silent = decoding(8, 500), decoding(8, 500)._replace(tokens=0)
+    eight, nine, ten = (costs(Layout(stages=2), spec=replace(SMALL, layers=n), constants=FREE) for n in (8, 9, 10))
+    assert nine.stage([silent]).total == pytest.approx(ten.stage([silent]).total)
+    assert nine.stage([step]).total == pytest.approx(max(ten.stage([silent]).total, eight.stage([step]).total))
+    assert nine.stage([step]).total < ten.stage([step]).total
+    assert nine.cycle([[step], [step]]).total == pytest.approx(2 * nine.stage([step]).total)
+    dear = replace(SMALL, vocab=1_000_000)
+    uneven, even = (costs(Layout(stages=2), spec=replace(dear, layers=n), constants=FREE) for n in (9, 8))
+    assert uneven.stage([step]).total == pytest.approx(even.stage([step]).total)  # the head is worth many layers
+    light = replace(SMALL, vocab=1000)
+    uneven, even = (costs(Layout(stages=2), spec=replace(light, layers=n), constants=FREE) for n in (9, 10))
+    assert uneven.stage([step]).total == pytest.approx(even.stage([silent]).total)  # five layers, and no head
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_twice_the_layers_are_twice_the_stage_whatever_is_left_over(stages: int) -> None:
+    lane = decoding(8, 500)._replace(tokens=0)
+
+    def layers_s(layers: int) -> float:
+        of = costs(Layout(stages=stages), spec=replace(SMALL, layers=layers), constants=FREE)
+        assert of._hop_start_s > 0
+        return of.stage([lane]).total - of._hop_start_s - lane.rows * of._hop_row_s
+
+    each = layers_s(stages)
+    for layers in (7, 8, 9, 13):
+        assert layers_s(layers) == pytest.approx(-(-layers // stages) * each)
+        assert layers_s(2 * stages * layers) == pytest.approx(2 * layers_s(stages * layers))
+
+
 def test_swaps_pay_for_the_hosts_link() -> None:
     of = costs()
     moved = 1000 * SMALL.kv_bytes_per_token("bf16")

@@ -17,7 +17,10 @@ from stretto.serve.deploy.layout import (
     device_weight_bytes,
     experts_held,
     kv_bytes_per_token,
+    layer_weight_bytes,
     mlp_width,
+    stage_layers,
+    table_bytes,
 )
 from stretto.serve.deploy.layouts import layouts
 from stretto.serve.deploy.tree import Tree, flat, halved
@@ -34,7 +37,7 @@ def by_hand(spec: ModelSpec, tree: Tree) -> set[Layout]:
         if total % (r * s):
             continue
         devices = total // (r * s)
-        if spec.layers % s or devices % a or devices % m:
+        if s > spec.layers or devices % a or devices % m:
             continue
         if not all(tree.is_partitionable(groups) for groups in (r, r * s, r * s * a, r * s * m)):
             continue
@@ -65,7 +68,11 @@ TREES = {
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-@pytest.mark.parametrize("spec", [SMALL, EXPERTS, replace(SMALL, layers=6)], ids=["dense", "experts", "six layers"])
+@pytest.mark.parametrize(
+    "spec",
+    [SMALL, EXPERTS, replace(SMALL, layers=7), replace(SMALL, layers=2)],
+    ids=["dense", "experts", "seven layers", "two layers"],
+)
 def test_enumeration_equals_counting_by_hand_without_doubles(tree: Tree, spec: ModelSpec) -> None:
     found = list(layouts(spec, tree))
     assert len(found) == len(set(found))
@@ -137,6 +144,27 @@ def test_weights_over_devices_are_the_cells_times_their_replicas(layout: Layout)
     expected = layout.attention_replicas * attention + layout.mlp_replicas * mlp + norms + tables
     held = device_weight_bytes(SMALL, layout, "bf16") / 2 * layout.stages * layout.devices
     assert held == pytest.approx(expected)
+
+
+@given(layers=st.integers(1, 200), stages=st.integers(1, 40))
+def test_stages_cover_the_layers_and_differ_by_one_at_most(layers: int, stages: int) -> None:
+    found = stage_layers(layers, stages)
+    assert sum(found) == layers
+    assert len(found) == stages
+    assert max(found) - min(found) <= 1
+    assert list(found) == sorted(found, reverse=True)  # the last one, with the head, has the fewest
+
+
+@pytest.mark.parametrize("layers", [5, 8, 9, 11])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_memory_is_that_of_the_fullest_stage(layers: int, stages: int, tied: bool) -> None:
+    spec, layout = replace(SMALL, layers=layers, tied_embeddings=tied), Layout(stages=stages)
+    layer, table = layer_weight_bytes(spec, layout, "bf16"), table_bytes(spec, layout)
+    ends = (0, stages - 1)
+    by_stage = [n * layer + table * (number in ends) for number, n in enumerate(stage_layers(layers, stages))]
+    assert device_weight_bytes(spec, layout, "bf16") == pytest.approx(max(by_stage) + 2 * spec.hidden)
+    assert kv_bytes_per_token(spec, layout, "bf16") == 2 * spec.kv_width * -(-layers // stages) * 2
 
 
 def test_keys_and_values_are_those_of_the_share() -> None:

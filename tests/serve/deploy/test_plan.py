@@ -76,6 +76,30 @@ def test_bounds_are_never_worse_than_what_is_simulated() -> None:
                     assert bound >= value if objective == "throughput" else bound <= value, str(plan)
 
 
+def test_bounds_hold_for_uneven_pipelines() -> None:
+    deep = replace(JOB, model="llama-3.1-405b", weights="fp8", load=replace(LOAD, requests=10))
+    for objective in ("throughput", "latency"):
+        job, where = replace(deep, objective=objective), cluster(16, "h200-sxm")  # type: ignore[arg-type]
+        uneven = [p for p in candidates(job, where) if 126 % p.stages and check(job, p, where) is None]
+        assert {p.stages for p in uneven} >= {4, 8}
+        for plan in uneven[::4]:
+            value = domain.simulate(job, plan, where).metrics[objective].value.value
+            bound = domain.bound(job, plan, where)
+            assert bound >= value if objective == "throughput" else bound <= value, str(plan)
+
+
+def test_a_prefix_cache_is_weighed_where_requests_share_anything() -> None:
+    assert not any(plan.prefix_cache for plan in candidates(JOB, cluster()))
+    chat = replace(JOB, load=replace(LOAD, turns=3, think_s=1.0), policy="whole", objective="latency", devices=1)
+    both = list(candidates(chat, cluster()))
+    assert [plan.prefix_cache for plan in both] == [False, True]
+    assert [plan.prefix_cache for plan in candidates(replace(chat, prefix_cache=True), cluster())] == [True]
+    best, other = stretto.plan(chat, on=cluster()).weighed
+    assert best.plan.choices.prefix_cache
+    assert best.prediction.metrics["cached"].value.value > 0 == other.prediction.metrics["cached"].value.value
+    assert str(best.plan.choices).endswith("a batch, shared prefixes")
+
+
 def plain(ranking: Ranking) -> list[Any]:
     return [(str(w.plan.choices), w.prediction.metrics[ranking.objective].value.value) for w in ranking.weighed]
 
@@ -137,7 +161,8 @@ BIG = replace(JOB, model="llama-3-70b")
             r"memory_share: 0\.97",
         ),
         ({"devices": 16}, cluster(8), "the plan takes 16 devices, there are 8: 8 too few", "replicas: 1"),
-        ({"stages": 3}, cluster(8), "80 layers in 3 stages leave 2 over", "stages: 2"),
+        ({"stages": 96}, cluster(96), "80 layers leave 16 of 96 stages without any", "stages: 80"),
+        ({"stages": 3, "memory_share": 0.97}, cluster(3), None, ""),
         ({"devices": 6}, cluster(6), None, ""),
         ({"devices": 8, "mlp_split": "expert"}, cluster(8), "0 experts on 8 devices", "mlp_split: tensor"),
         ({"devices": 24}, cluster(8, nodes=3), None, ""),
@@ -285,7 +310,13 @@ def test_jobs_can_be_asked_otherwise(tmp_path: Path) -> None:
         ),
         ("sglang", {"replicas": 2, "devices": 4}, ["--tp-size 4", "--dp-size 2", "--chunked-prefill-size -1"]),
         ("sglang", {"devices": 4, "attention_replicas": 4}, ["--enable-dp-attention", "--dp-size 4"]),
+        ("sglang", {"prefix_cache": False}, ["--disable-radix-cache"]),
+        ("vllm", {"prefix_cache": True}, [" --enable-prefix-caching"]),
+        ("vllm", {}, ["--no-enable-prefix-caching"]),
+        ("vllm", {"stages": 3}, ["VLLM_PP_LAYER_PARTITION=11,11,10 vllm serve", "--pipeline-parallel-size 3"]),
+        ("sglang", {"stages": 3}, ["SGLANG_PP_LAYER_PARTITION=11,11,10 python -m sglang", "--pp-size 3"]),
         ("llama.cpp", {"policy": "chunked", "devices": 2}, ["--split-mode row", "--tensor-split 1,1", "-np 256"]),
+        ("llama.cpp", {"policy": "chunked", "stages": 3}, ["--split-mode layer", "--tensor-split 11,11,10"]),
     ],
 )
 def test_flags_of_other_engines(engine: str, plan: dict[str, Any], expected: list[str]) -> None:
@@ -299,6 +330,13 @@ def test_copies_are_commands_on_devices_of_their_own() -> None:
     assert "--port 8001" in lines[1]
 
 
+def test_even_stages_are_not_told_and_radix_trees_are_kept() -> None:
+    (line,) = commands("vllm", JOB, DeploymentPlan(stages=2))
+    assert line.startswith("vllm serve")
+    (line,) = commands("sglang", JOB, DeploymentPlan(prefix_cache=True))
+    assert "radix" not in line
+
+
 @pytest.mark.parametrize(
     ("engine", "plan", "expected"),
     [
@@ -310,6 +348,7 @@ def test_copies_are_commands_on_devices_of_their_own() -> None:
         ),
         ("sglang", {"devices": 2, "mlp_replicas": 2}, "sglang cannot do MLPs in more copies"),
         ("llama.cpp", {}, "llama.cpp cannot do whole prompts; policy: chunked"),
+        ("llama.cpp", {"policy": "chunked", "prefix_cache": True}, "llama.cpp cannot do prefixes that all slots share"),
         ("exo", {}, "emit: there are no flags for 'exo'; one of vllm, sglang, llama.cpp"),
     ],
 )

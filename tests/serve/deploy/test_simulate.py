@@ -165,7 +165,14 @@ def engine_on_virtual_time(requests: Load, of: StepCosts, settings_: SchedulerCo
             if requests.arrival_s[i] > clock.now:
                 await clock.sleep(float(requests.arrival_s[i]) - clock.now)
             handles.append(
-                running.submit(Request(id=i, prompt=(0,) * prompts[i], limit=lengths[i], stop_tokens=frozenset({END})))
+                running.submit(
+                    Request(
+                        id=i,
+                        prompt=requests.tokens(i, range(100, 1100)),
+                        limit=lengths[i],
+                        stop_tokens=frozenset({END}),
+                    )
+                )
             )
         running.close()
         await clock.wait(task, "the engine")
@@ -174,6 +181,7 @@ def engine_on_virtual_time(requests: Load, of: StepCosts, settings_: SchedulerCo
             started_s=np.array([handle.started_s for handle in handles]),
             first_s=np.array([answer.first_token_s for answer in answers]),
             finished_s=np.array([answer.finished_s for answer in answers]),
+            cached=np.array([answer.cached_tokens for answer in answers]),
             parts=of.stage([Lane()]),
             makespan_s=clock.now,
             steps=running.steps,
@@ -203,6 +211,60 @@ def test_it_is_the_engine_on_virtual_time(
     assert (mine.preempted, mine.steps) == (engines.preempted, engines.steps)
     for name in ("started_s", "first_s", "finished_s"):
         np.testing.assert_allclose(getattr(mine, name), getattr(engines, name), rtol=1e-6)
+
+
+def sharing(seed: int, count: int, *, gap_s: float, block: int) -> Load:
+    """Requests whose prompts follow each other through a tree of blocks, as far as they go."""
+    draw = np.random.default_rng(seed)
+    plain = drawn(seed, count, gap_s=gap_s, prompt=120, output=40)
+    prefixes = []
+    for length in plain.prompt.tolist():
+        path = [1]
+        while len(path) * block < length:
+            path.append(path[-1] * 3 + int(draw.integers(0, 2)))
+        prefixes.append(tuple(path))
+    return replace(plain, prefixes=tuple(prefixes), block_tokens=block)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    gap=st.sampled_from([0.0, 0.0005, 0.01, 0.1]),
+    pages=st.sampled_from([30, 120, 2000]),
+    prefill=st.sampled_from(["whole", "mixed"]),
+    slots=st.integers(1, 12),
+    block=st.sampled_from([16, 40, 64]),
+)
+def test_with_a_prefix_cache_it_is_the_engine_too(
+    seed: int, gap: float, pages: int, prefill: str, slots: int, block: int
+) -> None:
+    """The engine hashes the made-up tokens themselves; the simulation knows their blocks alone."""
+    requests, of = sharing(seed, 30, gap_s=gap, block=block), costs()
+    chosen = config(pages=pages, prefill=prefill, slots=slots, prefill_tokens=4096, prefix_cache=True)
+    mine, engines = serve(requests, of, chosen), engine_on_virtual_time(requests, of, chosen)
+    assert mine.cached.tolist() == engines.cached.tolist()
+    assert (mine.preempted, mine.steps) == (engines.preempted, engines.steps)
+    for name in ("started_s", "first_s", "finished_s"):
+        np.testing.assert_allclose(getattr(mine, name), getattr(engines, name), rtol=1e-6)
+
+
+def test_what_is_cached_is_neither_computed_nor_held_twice() -> None:
+    of, same = costs(), replace(load([0.0, 1.0], [1600, 1600], [5, 400]), prefixes=((1,), (1,)))
+    cold, warm = (serve(same, of, config(prefix_cache=cache)) for cache in (False, True))
+    assert cold.cached.tolist() == [0, 0]
+    assert warm.cached.tolist() == [0, 1584]  # the last token is always computed, and its page with it
+    rest = Lane(rows=16, tokens=1, sequences=1, prompt_s=of.prompt_attention_s(16, 1584), eager=True)
+    assert warm.first_s[1] - 1.0 == pytest.approx(of.stage([rest]).total)
+    assert warm.first_s[1] < cold.first_s[1]
+    together = replace(same, arrival_s=np.array([0.0, 0.001]), output=np.array([400, 400]))
+    apart, shared = (serve(together, of, config(prefix_cache=cache)).most_pages for cache in (False, True))
+    assert shared < 0.7 * apart
+
+
+def test_replicas_know_nothing_of_each_others_prefixes() -> None:
+    requests = replace(load([0.0, 1.0, 2.0], [800] * 3, [5] * 3), prefixes=((1,),) * 3)
+    served = serve(requests, costs(Layout(replicas=2)), config(prefix_cache=True))
+    assert served.cached.tolist() == [0, 0, 784]
 
 
 def test_the_queue_is_in_the_time_to_first_token() -> None:

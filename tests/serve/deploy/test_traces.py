@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,51 @@ def test_a_mistake_names_its_line(text: str, expected: str, tmp_path: Path, monk
     assert str(told.value).startswith(expected)
 
 
+def test_mooncakes_hashes_tell_what_prompts_share(tmp_path: Path) -> None:
+    lines = [
+        '{"timestamp": 5, "input_length": 600, "output_length": 1, "hash_ids": [7, 8]}\n',
+        '{"timestamp": 0, "input_length": 1100, "output_length": 1, "hash_ids": [7, 9, 10]}\n',
+        '{"timestamp": 9, "input_length": 5, "output_length": 1}\n',
+    ]
+    (tmp_path / "m").write_text("".join(lines))
+    load = read_trace(tmp_path / "m")
+    assert load.prefixes == ((7, 9, 10), (7, 8), ())
+    assert load.block_tokens == 512
+    assert load_of(LoadSpec(trace=str(tmp_path / "m"), rate_per_s=1.0)).prefixes == load.prefixes
+    first, second, third = (load.page_hashes(request, 100) for request in range(3))
+    assert [len(pages) for pages in (first, second, third)] == [11, 6, 0]  # whole pages of the prompts
+    assert first[:5] == second[:5]  # those that end within the first 512 tokens
+    assert first[5] != second[5]  # one that ends in the next block tells that block, and all before it
+    assert len(set(first)) == 11
+    (tmp_path / "m").write_text("".join(lines[2:]))
+    assert read_trace(tmp_path / "m").prefixes == ()
+
+
+@pytest.mark.parametrize("page", [1, 16, 100, 512, 600])
+def test_equal_hashes_are_equal_texts(page: int) -> None:
+    """The hashes of pages against the texts that are made up for the same blocks."""
+    load = Load(
+        np.zeros(5),
+        np.array([1100, 600, 1100, 513, 1200]),
+        np.ones(5, np.int64),
+        ((7, 9, 10), (7, 8), (7, 9, 11), (7, 9), ()),
+        512,
+    )
+    texts = [load.tokens(request, range(100, 1100)) for request in range(5)]
+    assert [len(text) for text in texts] == load.prompt.tolist()
+    told = [load.page_hashes(request, page) for request in range(5)]
+    for a, b in itertools.product(range(4), range(4)):
+        for i, (x, y) in enumerate(zip(told[a], told[b], strict=False)):
+            assert (x == y) == (texts[a][: (i + 1) * page] == texts[b][: (i + 1) * page])
+    assert told[4] == []
+
+
+def test_a_hash_that_is_no_number_is_told(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text('{"timestamp": 5, "input_length": 600, "output_length": 1, "hash_ids": [7, "x"]}\n')
+    with pytest.raises(UserError, match=r"m:1: hash_ids: the value is .*; it must be a list of whole numbers, one for"):
+        read_trace(tmp_path / "m")
+
+
 def test_a_trace_that_is_not_there_or_not_text_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such trace"):
         load_of(LoadSpec(trace=str(tmp_path / "none.csv")))
@@ -117,6 +163,19 @@ def test_turns_of_a_conversation_hold_what_was_said_before() -> None:
     load = load_of(LoadSpec(requests=3, turns=3, arrivals="at_once", prompt_tokens=100, output_tokens=10, think_s=5.0))
     assert load.prompt.tolist() == [100, 210, 320]
     assert load.arrival_s.tolist() == [0.0, 5.0, 10.0]
+    first, second = (load.page_hashes(request, 16) for request in (0, 1))
+    assert first == second[:6]
+    assert len(second) == 13
+
+
+def test_conversations_share_nothing_with_each_other() -> None:
+    load = load_of(LoadSpec(requests=4, turns=2, arrivals="at_once", prompt_tokens=100, output_tokens=10, think_s=5.0))
+    told = [load.page_hashes(request, 16)[0] for request in range(4)]
+    assert told[:2] == told[2:]
+    assert told[0] != told[1]
+    assert load_of(LoadSpec(requests=4, arrivals="at_once")).page_hashes(0, 16) == []
+    assert load.only([1, 3]).prefixes == (load.prefixes[1], load.prefixes[3])
+    assert load.only([1, 3]).prompt.tolist() == load.prompt[[1, 3]].tolist()
 
 
 @pytest.mark.parametrize(

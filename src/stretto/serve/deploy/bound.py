@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from stretto.hardware.cluster import Cluster
-from stretto.models.spec import bytes_of
 from stretto.serve.deploy.drawn import load_of
 from stretto.serve.deploy.job import DeploymentJob
-from stretto.serve.deploy.layout import device_weight_bytes
+from stretto.serve.deploy.layout import layer_weight_bytes, stage_layers, table_bytes
 from stretto.serve.deploy.plan import DeploymentPlan, arithmetic_of
 from stretto.serve.deploy.planned import planned_spec
 from stretto.serve.deploy.report import joules
@@ -23,10 +22,11 @@ def optimistic_bound(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster)
     ranks = layout.stages * layout.devices
     used = _active_parameters(spec.parameters(), spec.experts, spec.top_k, 3 * spec.hidden * spec.ffn * spec.layers)
     token_s = 2.0 * used / ranks / device.peak(arithmetic_of(machine))
-    tables = spec.vocab * spec.hidden * bytes_of("bf16")  # rows of the embedding are looked up, not read as a whole
-    read = device_weight_bytes(spec, layout, plan.weights) * layout.stages - tables
+    stages = stage_layers(spec.layers, layout.stages)  # rows of the embedding are looked up, the head is read
+    layer = layer_weight_bytes(spec, layout, plan.weights)
+    read = layout.stages * max(stages[0] * layer, stages[-1] * layer + table_bytes(spec, layout))
     share = spec.top_k / spec.experts if spec.experts else 1.0
-    step_s = max(0.0, read * share) / device.bandwidth
+    step_s = read * share / device.bandwidth
     lone = load.output * step_s + load.prompt * token_s
     tokens = float(load.output.sum())
     work_s = float((load.output + load.prompt).sum()) * token_s / layout.replicas

@@ -22,7 +22,14 @@ from stretto.models.passes import PassShape
 from stretto.models.spec import ModelSpec, bytes_of
 from stretto.serve.deploy.curves import Machine, Types, kernel_curves, layer_messages, message_curve
 from stretto.serve.deploy.engines import EngineConstants
-from stretto.serve.deploy.layout import Layout, attention_share, experts_held, kv_bytes_per_token, mlp_width
+from stretto.serve.deploy.layout import (
+    Layout,
+    attention_share,
+    experts_held,
+    kv_bytes_per_token,
+    mlp_width,
+    stage_layers,
+)
 
 _EAGER_ORDER = 2.0
 """Launches and kernels of an eager step overlap as compute and memory time of a kernel do: where kernels are short the
@@ -81,7 +88,8 @@ class StepCosts:
         most_rows: int,
     ) -> None:
         self.spec, self.layout, self.machine, self.types, self.engine = spec, layout, machine, types, engine
-        self.layers = spec.layers // layout.stages
+        stages = stage_layers(spec.layers, layout.stages)
+        self._most_layers, self._last_layers = stages[0], stages[-1]
         self._share = attention_share(spec, layout)
         most = max(1024, 1 << (most_rows - 1).bit_length())
         expert = layout.mlp_split == "expert"
@@ -136,8 +144,8 @@ class StepCosts:
         return collective.estimate("send_recv", moved, 2, self.machine.host).seconds
 
     def stage(self, lanes: Sequence[Lane]) -> Parts:
-        """One stage's part of a step in which its attention replicas take `lanes` together; the last stage's ends are
-        charged to every stage, since the slowest sets the pace.
+        """The slowest stage's part of a step in which its attention replicas take `lanes` together, since it sets the
+        pace: the last one, which has the head besides, or one with a layer more.
         """
         rows = sum(lane.rows for lane in lanes)
         if not rows:
@@ -149,20 +157,28 @@ class StepCosts:
                 if lane.decoders:
                     own += self._attend(lane.decoders, lane.cached, lane.cached)
                 kernels = max(kernels, own)
-        layout = self.layout
-        kernels = self.layers * (kernels + self._mlp(rows / layout.mlp_replicas))
-        messages = self.layers * self._messages(rows)
+        kernels += self._mlp(rows / self.layout.mlp_replicas)
+        layer = kernels * self.engine.kernel_pace, self._messages(rows)
         tokens = sum(lane.tokens for lane in lanes)
+        last = self._stage_of(self._last_layers, layer, tokens, rows, lanes)
+        if self._most_layers == self._last_layers:
+            return last
+        return max(last, self._stage_of(self._most_layers, layer, 0, rows, lanes), key=_total)
+
+    def _stage_of(
+        self, layers: int, layer: tuple[float, float], tokens: int, rows: int, lanes: Sequence[Lane]
+    ) -> Parts:
+        """A stage of so many layers, each of `layer` seconds (kernels, messages), that draws `tokens` next tokens."""
+        kernels, messages = layers * layer[0], layers * layer[1]
         if tokens:
-            kernels += self._ends(tokens)
-            messages += self._head_messages(tokens) if layout.devices > 1 else 0.0
-        kernels *= self.engine.kernel_pace
+            kernels += self._ends(tokens) * self.engine.kernel_pace
+            messages += self._head_messages(tokens) if self.layout.devices > 1 else 0.0
         messages += self._hop_start_s + rows * self._hop_row_s
         engine = self.engine
-        host = engine.host_step_s / layout.stages
-        host += engine.host_sequence_s * max(lane.sequences for lane in lanes) / layout.stages
+        host = engine.host_step_s / self.layout.stages
+        host += engine.host_sequence_s * max(lane.sequences for lane in lanes) / self.layout.stages
         if any(lane.eager for lane in lanes) or rows > GRAPH_ROWS:
-            launches = engine.eager_layer_s * self.layers
+            launches = engine.eager_layer_s * layers
             devices = kernels + messages
             host += float((devices**_EAGER_ORDER + launches**_EAGER_ORDER) ** (1 / _EAGER_ORDER)) - devices
         return Parts(kernels, messages, host)
@@ -186,3 +202,7 @@ class StepCosts:
         messages = collective.fitted(link.kind).spread if link is not None else 0.0
         shares = np.array(parts) / max(parts.total, 1e-30)
         return float(np.hypot.reduce(shares * np.array([self._kernel_spread, messages, self.engine.spread])))
+
+
+def _total(parts: Parts) -> float:
+    return parts.total

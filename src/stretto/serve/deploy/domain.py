@@ -1,46 +1,42 @@
-"""The deployment domain: its job and plan types, and the planner's questions answered by this folder's modules."""
+"""The deployment domain: its job and plan types, and the planner's questions answered by this folder's modules.
+
+A job whose engine is the product's own is measured and run on this machine (`here`); all others are planned from data
+sheets, for machines that need not be here, and started there by the command that `emit` prints.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from stretto.core.errors import UserError
 from stretto.core.plan import Context, Plan, Prediction, Progress, Refusal, Result
 from stretto.core.record import Recorder
 from stretto.hardware.cluster import Cluster
+from stretto.hardware.probe import is_this_machine
 from stretto.serve.deploy import plan as choices
 from stretto.serve.deploy.bound import optimistic_bound
 from stretto.serve.deploy.costs import StepCosts
 from stretto.serve.deploy.drawn import load_of
+from stretto.serve.deploy.engines import DEFAULT, HERE
+from stretto.serve.deploy.here.choices import is_here
+from stretto.serve.deploy.here.domain import HereDomain
 from stretto.serve.deploy.job import DeploymentJob
 from stretto.serve.deploy.memory import device_bytes
 from stretto.serve.deploy.plan import DeploymentPlan
 from stretto.serve.deploy.planned import planned_spec
-from stretto.serve.deploy.report import metrics, outside, require_price
+from stretto.serve.deploy.report import described, metrics, outside, require_price, spread
 from stretto.serve.deploy.simulate import Served, serve
 from stretto.serve.deploy.tree import machine_of
 
 
-class DeploymentDomain:
-    """See `stretto.core.plan.Domain`."""
-
-    name = "deployment"
-    job_type: type = DeploymentJob
-    plan_type: type = DeploymentPlan
+class AbroadDomain:
+    """See `stretto.core.plan.Domain`; on machines that are known by their data sheets."""
 
     def candidates(self, job: DeploymentJob, cluster: Cluster) -> Iterable[DeploymentPlan]:
         return choices.candidates(job, cluster)
 
     def check(self, job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> Refusal | None:
         return choices.check(job, plan, cluster)
-
-    def objective(self, job: DeploymentJob) -> str:
-        return job.objective
-
-    def higher_is_better(self, job: DeploymentJob) -> bool:
-        return job.objective in ("throughput", "slo")
 
     def bound(self, job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> float:
         return optimistic_bound(job, plan, cluster)
@@ -53,7 +49,16 @@ class DeploymentDomain:
         used = round(served.most_pages * config.pages) * config.page_tokens * plan.stages
         memory = device_bytes(costs.spec, plan.layout, plan.weights, plan.kv, costs.engine, used)
         recorder.memory("a device", 0.0, memory)
-        found = metrics(load, served, costs, slo=job.slo, prices=job.prices, memory=memory)
+        found = metrics(
+            load,
+            served,
+            layout=plan.layout,
+            device=costs.machine.device.name,
+            wide=spread(costs, served),
+            slo=job.slo,
+            prices=job.prices,
+            memory=memory,
+        )
         parts = dict(zip(("kernels", "messages", "engine"), served.parts, strict=True))
         return Prediction(
             metrics=found,
@@ -65,6 +70,12 @@ class DeploymentDomain:
 
     def prepare(self, job: DeploymentJob, cluster: Cluster, progress: Progress) -> Cluster:
         machine, _ = machine_of(cluster, job.devices)
+        if job.engine == HERE:
+            raise UserError(
+                f"{HERE} is measured on this machine and knows nothing of {machine.device.name}",
+                field="engine",
+                right=f"leave it out, or {DEFAULT}",
+            )
         if job.objective == "cost":
             require_price(machine.device.name, job.prices)
         planned_spec(job.model)
@@ -72,10 +83,54 @@ class DeploymentDomain:
         return cluster
 
     def run(self, plan: Plan[DeploymentJob, DeploymentPlan], ctx: Context) -> Result:
+        if is_this_machine(plan.cluster):
+            raise UserError(
+                f"{plan.job.engine} is planned for and not started from here",
+                field="engine",
+                right=f"{HERE}, which runs on this machine",
+            )
         raise UserError(
             f"a deployment is planned for {plan.cluster.name} and not started from here",
             right="`stretto plan --emit vllm|sglang|llama.cpp` prints the command that starts it there",
         )
+
+
+_HERE, _ABROAD = HereDomain(), AbroadDomain()
+
+
+class DeploymentDomain:
+    """See `stretto.core.plan.Domain`."""
+
+    name = "deployment"
+    job_type: type = DeploymentJob
+    plan_type: type = DeploymentPlan
+
+    def _place(self, job: DeploymentJob, cluster: Cluster) -> HereDomain | AbroadDomain:
+        return _HERE if is_here(job, cluster) else _ABROAD
+
+    def candidates(self, job: DeploymentJob, cluster: Cluster) -> Iterable[DeploymentPlan]:
+        return self._place(job, cluster).candidates(job, cluster)
+
+    def check(self, job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> Refusal | None:
+        return self._place(job, cluster).check(job, plan, cluster)
+
+    def objective(self, job: DeploymentJob) -> str:
+        return job.objective
+
+    def higher_is_better(self, job: DeploymentJob) -> bool:
+        return job.objective in ("throughput", "slo")
+
+    def bound(self, job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> float:
+        return self._place(job, cluster).bound(job, plan, cluster)
+
+    def simulate(self, job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> Prediction:
+        return self._place(job, cluster).simulate(job, plan, cluster)
+
+    def prepare(self, job: DeploymentJob, cluster: Cluster, progress: Progress) -> Cluster:
+        return self._place(job, cluster).prepare(job, cluster, progress)
+
+    def run(self, plan: Plan[DeploymentJob, DeploymentPlan], ctx: Context) -> Result:
+        return self._place(plan.job, plan.cluster).run(plan, ctx)
 
 
 def _bottleneck(served: Served, costs: StepCosts) -> str:
@@ -89,10 +144,6 @@ def _bottleneck(served: Served, costs: StepCosts) -> str:
 
 
 def _assumed(job: DeploymentJob, costs: StepCosts, served: Served) -> str:
-    load, constants = load_of(job.load), costs.engine
-    rate = (len(load) - 1) / max(float(load.arrival_s[-1]), 1e-9) if len(load) > 1 else 0.0
-    text = f"{len(load)} requests, {np.mean(load.prompt):.0f} prompt and {np.mean(load.output):.0f} output tokens"
-    text += f" in the mean, {rate:.3g} a second" if load.arrival_s[-1] else " in the mean, all at once"
     beyond = outside(costs, served)
-    mark = f"; extrapolated beyond what {constants.name} was measured on: {beyond}" if beyond else ""
-    return f"{text}; constants of {constants.name}{mark}"
+    mark = f"; extrapolated beyond what {costs.engine.name} was measured on: {beyond}" if beyond else ""
+    return f"{described(load_of(job.load))}; constants of {costs.engine.name}{mark}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -28,7 +29,7 @@ def load_of(spec: LoadSpec) -> Load:
     if spec.rate_per_s is None or len(load) < 2:
         return load
     own = (len(load) - 1) / max(float(load.arrival_s[-1]), 1e-9)
-    return Load(load.arrival_s * (own / spec.rate_per_s), load.prompt, load.output)
+    return replace(load, arrival_s=load.arrival_s * (own / spec.rate_per_s))
 
 
 def _drawn(spec: LoadSpec) -> Load:
@@ -49,7 +50,9 @@ def _drawn(spec: LoadSpec) -> Load:
     prompt = np.minimum(before + said, MAX_TOKENS)
     arrival: Floats = begin[:, None] + spec.think_s * np.arange(spec.turns)
     order = np.argsort(arrival.ravel(), kind="stable")[:count]
-    return Load(arrival.ravel()[order], prompt.ravel()[order], answered.ravel()[order])
+    # A conversation is one text, of which each prompt is a beginning, so one hash is enough for it.
+    prefixes = tuple((int(i),) for i in order // spec.turns) if spec.turns > 1 else ()
+    return Load(arrival.ravel()[order], prompt.ravel()[order], answered.ravel()[order], prefixes)
 
 
 def _lengths(generator: np.random.Generator, mean: int, spread: float, shape: tuple[int, int]) -> Ints:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from stretto.core.errors import UserError
 from stretto.serve.deploy.drawn import load_of
 from stretto.serve.deploy.job import DeploymentJob
+from stretto.serve.deploy.layout import stage_layers
 from stretto.serve.deploy.plan import DeploymentPlan
+from stretto.serve.deploy.planned import planned_spec
 
 
 def commands(engine: str, job: DeploymentJob, plan: DeploymentPlan) -> list[str]:
@@ -60,9 +62,12 @@ def _vllm(job: DeploymentJob, plan: DeploymentPlan) -> list[str]:
     flags += [f"--tensor-parallel-size {ranks}"] if ranks > 1 else []
     flags += [f"--pipeline-parallel-size {plan.stages}"] if plan.stages > 1 else []
     flags += _types(plan, {"weights": "--quantization fp8", "kv": "--kv-cache-dtype fp8"})
-    text = " ".join(flags)
+    flags.append("--enable-prefix-caching" if plan.prefix_cache else "--no-enable-prefix-caching")
+    before, text = _uneven(job, plan, "VLLM_PP_LAYER_PARTITION"), " ".join(flags)
     return _copies(
-        plan.replicas, plan.stages * plan.devices, lambda copy: f"vllm serve {job.model} --port {8000 + copy} {text}"
+        plan.replicas,
+        plan.stages * plan.devices,
+        lambda copy: f"{before}vllm serve {job.model} --port {8000 + copy} {text}",
     )
 
 
@@ -84,7 +89,9 @@ def _sglang(job: DeploymentJob, plan: DeploymentPlan) -> list[str]:
     flags += [f"--mem-fraction-static {plan.memory_share}", f"--max-running-requests {plan.slots * dealt}"]
     flags += [f"--chunked-prefill-size {chunk}"]
     flags += _types(plan, {"weights": "--quantization fp8", "kv": "--kv-cache-dtype fp8_e5m2"})
-    return [f"python -m sglang.launch_server {' '.join(flags)}"]
+    flags += [] if plan.prefix_cache else ["--disable-radix-cache"]
+    before = _uneven(job, plan, "SGLANG_PP_LAYER_PARTITION")
+    return [f"{before}python -m sglang.launch_server {' '.join(flags)}"]
 
 
 def _llama_cpp(job: DeploymentJob, plan: DeploymentPlan) -> list[str]:
@@ -96,8 +103,11 @@ def _llama_cpp(job: DeploymentJob, plan: DeploymentPlan) -> list[str]:
         raise _refuse("llama.cpp", "fp8", "weights: bf16 and kv: bf16")
     if plan.policy != "chunked":
         raise _refuse("llama.cpp", f"{plan.policy} prompts", "policy: chunked")
+    if plan.prefix_cache:
+        raise _refuse("llama.cpp", "prefixes that all slots share", "prefix_cache: false")
     count = plan.devices * plan.stages
-    split = f"--split-mode {'row' if plan.devices > 1 else 'layer'} --tensor-split {','.join(['1'] * count)}"
+    shares = [1] * count if plan.devices > 1 else stage_layers(planned_spec(job.model).layers, plan.stages)
+    split = f"--split-mode {'row' if plan.devices > 1 else 'layer'} --tensor-split {','.join(map(str, shares))}"
     context = plan.slots * _length(job)
     flags = f"-ngl 999 -np {plan.slots} -c {context} -b {plan.prefill_tokens} -ub {plan.prefill_tokens}"
     flags += f" {split}" if count > 1 else " --split-mode none"
@@ -106,6 +116,12 @@ def _llama_cpp(job: DeploymentJob, plan: DeploymentPlan) -> list[str]:
         count,
         lambda copy: f"llama-server -m {job.model}.gguf --port {8080 + copy} --cont-batching {flags}",
     )
+
+
+def _uneven(job: DeploymentJob, plan: DeploymentPlan, variable: str) -> str:
+    """The environment variable by which an engine is told the layers of stages that differ; empty if they do not."""
+    layers = stage_layers(planned_spec(job.model).layers, plan.stages)
+    return f"{variable}={','.join(map(str, layers))} " if layers[0] > layers[-1] else ""
 
 
 def _types(plan: DeploymentPlan, flags: Mapping[str, str]) -> list[str]:

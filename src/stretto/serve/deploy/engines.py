@@ -19,6 +19,10 @@ import yaml
 from stretto.core.errors import FieldError, require
 
 POLICIES = ("whole", "chunked", "static")
+HERE = "stretto"
+"""The product's own engine, which has no constants: what it takes is measured on this machine."""
+DEFAULT = "vllm-0.6"
+"""The engine of a job that names none and runs on other machines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,5 +102,5 @@ def engine(name: str) -> EngineConstants:
     """The engine of that name; a `FieldError` lists the known ones."""
     known = engines()
     if name not in known:
-        raise FieldError("engine", name, f"one of {', '.join(sorted(known))}")
+        raise FieldError("engine", name, f"one of {', '.join(sorted(known))}, or {HERE} on this machine")
     return known[name]

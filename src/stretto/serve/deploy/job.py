@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stretto.core.errors import require
-from stretto.serve.deploy.engines import engine
+from stretto.serve.deploy.engines import HERE, engine
 from stretto.serve.deploy.load import MAX_REQUESTS, MAX_TOKENS
 
 
@@ -26,7 +26,7 @@ class LoadSpec:
         prompt_tokens, output_tokens: mean lengths that are drawn.
         spread: standard deviation of drawn lengths as a share of their means; 0 makes all alike. Lengths are
             log-normal.
-        turns: requests of one conversation; each prompt holds the texts before it.
+        turns: requests of one conversation; each prompt holds the texts before it, which a prefix cache may know.
         think_s: seconds from one turn's arrival to the next one's.
         seed: of all draws.
     """
@@ -94,10 +94,13 @@ class DeploymentJob:
             "energy" (joules an output token), "cost" (dollars a million output tokens) or "slo" (share of requests
             served as promised).
         slo: the promise.
-        engine: whose constants and defaults hold, by name and version.
+        engine: whose constants and defaults hold, by name and version; "stretto" is the product's own, measured on this
+            machine. None takes that here and vllm-0.6 elsewhere.
         policy: "auto" weighs the engine's own and chunked prefill; "whole" prompts first in steps of their own,
             "chunked" prompts beside decoding rows, or "static" batches.
         preemption: what becomes of the pages of a request that is put back.
+        prefix_cache: whether requests share the pages of texts that begin alike; None weighs both where the load says
+            what its requests share.
         slots: most sequences at once in a batch; None takes the engine's.
         memory_share: of each device's memory that the engine may take; None takes the engine's.
         devices: use so many of the cluster's devices; None uses all of them.
@@ -111,16 +114,18 @@ class DeploymentJob:
     kv: Literal["bf16", "fp8"] = "bf16"
     objective: Literal["throughput", "latency", "energy", "cost", "slo"] = "throughput"
     slo: Slo = field(default_factory=Slo)
-    engine: str = "vllm-0.6"
+    engine: str | None = None
     policy: Literal["auto", "whole", "chunked", "static"] = "auto"
     preemption: Literal["recompute", "swap"] = "recompute"
+    prefix_cache: bool | None = None
     slots: int | None = None
     memory_share: float | None = None
     devices: int | None = None
     prices: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        engine(self.engine)
+        if self.engine not in (None, HERE):
+            engine(self.engine)
         require(self.slots is None or 1 <= self.slots <= 65536, "slots", self.slots, "in 1 .. 65536")
         share = self.memory_share
         require(share is None or 0 < share <= 1, "memory_share", share, "in (0, 1]")

@@ -3,7 +3,8 @@
 A stage of a replica has `devices` devices. Attention runs there in `attention_replicas` groups, each of which holds all
 heads of the stage's layers and its own requests (data parallelism of the attention cell); the MLP likewise in
 `mlp_replicas` groups, each split by columns ("tensor") or by whole experts ("expert"). Shares are as even as can be and
-the largest is the one that counts (APEX: device 0 holds most tasks).
+the largest is the one that counts (APEX: device 0 holds most tasks). Stages differ by at most one layer, and the last
+one, which has the head besides, is among those with fewer.
 """
 
 from __future__ import annotations
@@ -93,20 +94,38 @@ def mlp_width(spec: ModelSpec, layout: Layout) -> int:
     return spec.ffn if layout.mlp_split == "expert" else -(-spec.ffn // layout.mlp_ranks)
 
 
-def device_weight_bytes(spec: ModelSpec, layout: Layout, weights: str) -> float:
-    """Weights of the fullest device: its layers' matrices in `weights`, tables and norms in 16 bits."""
+def stage_layers(layers: int, stages: int) -> tuple[int, ...]:
+    """How many layers each stage has; the first ones have what is left over.
+
+    >>> stage_layers(80, 4), stage_layers(126, 4)
+    ((20, 20, 20, 20), (32, 32, 31, 31))
+    """
+    each, over = divmod(layers, stages)
+    return (each + 1,) * over + (each,) * (stages - over)
+
+
+def layer_weight_bytes(spec: ModelSpec, layout: Layout, weights: str) -> float:
+    """One layer's weights on the fullest device: matrices in `weights`, norms and the router in 16 bits."""
     share = attention_share(spec, layout)
     attention = spec.hidden * (share.qkv_width + share.q_width)
     mlp = 3 * spec.hidden * mlp_width(spec, layout) * max(1, experts_held(spec, layout))
     rest = spec.experts * spec.hidden + 2 * spec.hidden + (share.qkv_width if spec.qkv_bias else 0)
-    layers = spec.layers // layout.stages
-    tables = share.vocab * spec.hidden
-    if layout.stages == 1 and not spec.tied_embeddings:
-        tables *= 2
-    return layers * ((attention + mlp) * bytes_of(weights) + rest * 2.0) + tables * 2.0 + 2.0 * spec.hidden
+    return (attention + mlp) * bytes_of(weights) + rest * 2.0
+
+
+def table_bytes(spec: ModelSpec, layout: Layout) -> float:
+    """A device's part of the embedding, or of the head, in 16 bits."""
+    return attention_share(spec, layout).vocab * spec.hidden * 2.0
+
+
+def device_weight_bytes(spec: ModelSpec, layout: Layout, weights: str) -> float:
+    """Weights of the fullest device, in the first stage: its layers, the embedding and, with one stage, the head."""
+    layers = stage_layers(spec.layers, layout.stages)[0]
+    tables = 2 if layout.stages == 1 and not spec.tied_embeddings else 1
+    return layers * layer_weight_bytes(spec, layout, weights) + tables * table_bytes(spec, layout) + 2.0 * spec.hidden
 
 
 def kv_bytes_per_token(spec: ModelSpec, layout: Layout, dtype: str) -> float:
-    """Bytes that one position takes on each device of its attention cell."""
+    """Bytes that one position takes on each device of its attention cell, in the stage with most layers."""
     share = attention_share(spec, layout)
-    return 2.0 * share.kv_width * (spec.layers // layout.stages) * bytes_of(dtype)
+    return 2.0 * share.kv_width * stage_layers(spec.layers, layout.stages)[0] * bytes_of(dtype)

@@ -1,6 +1,6 @@
 """Every layout of a model on a tree of equal devices (APEX's enumeration), without doubles.
 
-Replicas, then pipeline stages of equal numbers of layers, then replicas of each kind of cell within a stage: each
+Replicas, then pipeline stages of a layer at least, then replicas of each kind of cell within a stage: each
 division must follow the tree. A plan whose cells all have a common number of replicas is a plan of more model replicas,
 so it is left to that one; between neighbouring cells the counts must divide one another, so that rows can be dealt
 anew.
@@ -28,7 +28,7 @@ def layouts(spec: ModelSpec, tree: Tree) -> Iterator[Layout]:
         if not tree.is_partitionable(replicas):
             continue
         for stages in divisors(total // replicas):
-            if spec.layers % stages or not tree.is_partitionable(replicas * stages):
+            if stages > spec.layers or not tree.is_partitionable(replicas * stages):
                 continue
             devices = total // (replicas * stages)
             yield from _cells(spec, tree, replicas, stages, devices)

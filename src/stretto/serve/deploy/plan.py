@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import Literal
 
 from stretto.core.errors import UserError, require
@@ -13,7 +14,7 @@ from stretto.hardware.cluster import Cluster
 from stretto.serve.deploy.costs import StepCosts
 from stretto.serve.deploy.curves import Machine, Types
 from stretto.serve.deploy.drawn import load_of
-from stretto.serve.deploy.engines import EngineConstants, engine
+from stretto.serve.deploy.engines import DEFAULT, EngineConstants, engine
 from stretto.serve.deploy.job import DeploymentJob
 from stretto.serve.deploy.layout import Layout, Split
 from stretto.serve.deploy.layouts import attention_fits, layouts
@@ -45,6 +46,7 @@ class DeploymentPlan:
         slots: most sequences of a batch.
         memory_share: share of a device's memory that is used.
         weights, kv: number types of matrices, and of keys and values.
+        prefix_cache: whether requests of a batch's pool share the pages of texts that begin alike.
     """
 
     replicas: int = 1
@@ -59,6 +61,7 @@ class DeploymentPlan:
     memory_share: float = 0.9
     weights: Literal["bf16", "fp8"] = "bf16"
     kv: Literal["bf16", "fp8"] = "bf16"
+    prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         require(self.layout.total <= 65536, "devices", self.layout.total, "at most 65536 in all")
@@ -91,7 +94,8 @@ class DeploymentPlan:
 
     def __str__(self) -> str:
         chunk = f" of {self.prefill_tokens}" if self.policy == "chunked" else ""
-        return f"{self.layout}, {self.policy} prompts{chunk}, {self.slots} sequences a batch"
+        cache = ", shared prefixes" if self.prefix_cache else ""
+        return f"{self.layout}, {self.policy} prompts{chunk}, {self.slots} sequences a batch{cache}"
 
 
 def candidates(job: DeploymentJob, cluster: Cluster) -> Iterator[DeploymentPlan]:
@@ -100,18 +104,30 @@ def candidates(job: DeploymentJob, cluster: Cluster) -> Iterator[DeploymentPlan]
     Raises:
         UserError: if the devices differ or the model is unknown.
     """
-    spec, constants = planned_spec(job.model), engine(job.engine)
+    spec, constants, load = planned_spec(job.model), constants_of(job), load_of(job.load)
     _, tree = machine_of(cluster, job.devices)
-    for layout in layouts(spec, tree):
-        for policy in _policies(job, constants):
-            yield DeploymentPlan(
-                policy=policy,
-                prefill_tokens=prefill_tokens(policy, constants, spec.max_positions),
-                slots=job.slots or constants.slots,
-                memory_share=job.memory_share or constants.memory_share,
-                weights=job.weights,
-                kv=job.kv,
-            ).with_layout(layout)
+    for layout, policy, cache in product(layouts(spec, tree), _policies(job, constants), caches(job, load)):
+        yield DeploymentPlan(
+            policy=policy,
+            prefill_tokens=prefill_tokens(policy, constants, spec.max_positions),
+            slots=job.slots or constants.slots,
+            memory_share=job.memory_share or constants.memory_share,
+            weights=job.weights,
+            kv=job.kv,
+            prefix_cache=cache,
+        ).with_layout(layout)
+
+
+def constants_of(job: DeploymentJob) -> EngineConstants:
+    """The constants of the job's engine on machines that are not here."""
+    return engine(job.engine or DEFAULT)
+
+
+def caches(job: DeploymentJob, load: Load) -> tuple[bool, ...]:
+    """With and without a prefix cache, where that makes a difference and the job leaves it open."""
+    if job.prefix_cache is not None:
+        return (job.prefix_cache,)
+    return (False, True) if load.prefixes else (False,)
 
 
 def prefill_tokens(policy: Policy, constants: EngineConstants, max_positions: int) -> int:
@@ -146,7 +162,7 @@ def costs_of(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> Step
         layout=plan.layout,
         machine=machine,
         types=Types(arithmetic=arithmetic_of(machine), weights=plan.weights, kv=plan.kv),
-        engine=engine(job.engine),
+        engine=constants_of(job),
         most_rows=max(plan.prefill_tokens, 1024),
     )
 
@@ -154,7 +170,7 @@ def costs_of(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> Step
 def scheduler_config(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> SchedulerConfig:
     """The scheduler of each lane of a plan that fits."""
     machine, _ = machine_of(cluster, job.devices)
-    constants = engine(job.engine)
+    constants = constants_of(job)
     pages = pool_pages(
         planned_spec(job.model), plan.layout, plan.weights, plan.kv, machine, constants, plan.memory_share
     )
@@ -165,6 +181,7 @@ def scheduler_config(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster)
         page_tokens=constants.page_tokens,
         prefill_tokens=plan.prefill_tokens,
         prefill="mixed" if plan.policy == "chunked" else "whole",
+        prefix_cache=plan.prefix_cache,
         preemption=job.preemption,
         spare_pages=max(1, pages) if job.preemption == "swap" else 0,
         horizon="shortage",
@@ -183,7 +200,7 @@ def check(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> Refusal
         )
     return (
         _check_layout(job, plan, tree)
-        or _check_lengths(job, load)
+        or lengths_refusal(job, load)
         or _check_links(plan, machine)
         or _check_memory(job, plan, machine, tree, load)
     )
@@ -196,17 +213,17 @@ def _check_layout(job: DeploymentJob, plan: DeploymentPlan, tree: Tree) -> Refus
             reason=f"the plan takes {layout.total} devices, there are {tree.size}: {layout.total - tree.size} too few",
             nearest=f"replicas: {max(1, tree.size // (layout.stages * layout.devices))}",
         )
-    if spec.layers % layout.stages:
-        below = max(s for s in range(1, layout.stages) if spec.layers % s == 0)
-        reason = f"{spec.layers} layers in {layout.stages} stages leave {spec.layers % layout.stages} over"
-        return Refusal(reason=reason, nearest=f"stages: {below}")
+    if layout.stages > spec.layers:
+        reason = f"{spec.layers} layers leave {layout.stages - spec.layers} of {layout.stages} stages without any"
+        return Refusal(reason=reason, nearest=f"stages: {spec.layers}")
     if layout.mlp_split == "expert" and spec.experts < layout.mlp_ranks:
         reason = f"{spec.experts} experts on {layout.mlp_ranks} devices"
         return Refusal(reason=reason, nearest="mlp_split: tensor")
     return None
 
 
-def _check_lengths(job: DeploymentJob, load: Load) -> Refusal | None:
+def lengths_refusal(job: DeploymentJob, load: Load) -> Refusal | None:
+    """Why the model cannot hold the load's requests; None if it can."""
     most = planned_spec(job.model).max_positions
     if load.longest <= most:
         return None
@@ -229,7 +246,7 @@ def _check_links(plan: DeploymentPlan, machine: Machine) -> Refusal | None:
 
 
 def _check_memory(job: DeploymentJob, plan: DeploymentPlan, machine: Machine, tree: Tree, load: Load) -> Refusal | None:
-    constants = engine(job.engine)
+    constants = constants_of(job)
     spec = planned_spec(job.model)
     needed_pages = -(-(load.longest - 1) // constants.page_tokens)
 

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from stretto.core.errors import UserError
+from stretto.models.load import open_model
+from stretto.models.source import DEFAULT_NAMES
 from stretto.models.spec import ModelSpec
 
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -48,7 +50,8 @@ def planned_spec(model: str) -> ModelSpec:
     """The shape of `model`.
 
     Args:
-        model: a shipped name, a folder with a `config.json`, or such a file.
+        model: a shipped name, a folder with a `config.json`, such a file, or a model that runs here: the packaged one
+            or a .gguf file.
 
     Raises:
         UserError: if there is none of that name, or its file cannot be read, naming the known ones.
@@ -56,6 +59,8 @@ def planned_spec(model: str) -> ModelSpec:
     if model in shipped():
         return spec_of_config(shipped()[model], file=f"models.yaml: {model}")
     path = Path(model)
+    if model.lower() in DEFAULT_NAMES or path.suffix.lower() == ".gguf":
+        return open_model(model).spec
     path = path / "config.json" if path.is_dir() else path
     if path.suffix != ".json" or not path.is_file():
         known = ", ".join(sorted(shipped()))

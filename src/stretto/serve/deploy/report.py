@@ -113,18 +113,39 @@ def outside(costs: StepCosts, served: Served) -> str:
     return ", ".join(found)
 
 
+def described(load: Load) -> str:
+    """A load in half a sentence."""
+    rate = (len(load) - 1) / max(float(load.arrival_s[-1]), 1e-9) if len(load) > 1 else 0.0
+    text = f"{len(load)} requests, {np.mean(load.prompt):.0f} prompt and {np.mean(load.output):.0f} output tokens"
+    return text + (f" in the mean, {rate:.3g} a second" if load.arrival_s[-1] else " in the mean, all at once")
+
+
+def spread(costs: StepCosts, served: Served) -> float:
+    """Relative uncertainty of the seconds of a run's steps."""
+    return costs.spread(served.parts) * (OUTSIDE if outside(costs, served) else 1.0)
+
+
 def metrics(
-    load: Load, served: Served, costs: StepCosts, *, slo: Slo, prices: Mapping[str, float], memory: float
+    load: Load,
+    served: Served,
+    *,
+    layout: Layout,
+    device: str,
+    wide: float,
+    slo: Slo,
+    prices: Mapping[str, float],
+    memory: float,
 ) -> dict[str, Metric]:
     """All figures of a run, by name, in the order in which people read them.
 
-    Raises:
-        UserError: if the price of the devices is asked for and not given.
+    Args:
+        device: the type of the layout's devices.
+        wide: relative uncertainty of the seconds of a step.
+        prices: dollars an hour of a device, by type.
+        memory: bytes of a device.
     """
     seconds = Latencies.of(load, served)
-    layout, device = costs.layout, costs.machine.device.name
     busy = min(1.0, served.parts.total / (layout.replicas * served.makespan_s))
-    wide = costs.spread(served.parts) * (OUTSIDE if outside(costs, served) else 1.0)
     waiting = float(np.mean(seconds.queue)) - served.parts.total / served.steps  # beyond the step that was under way
     queued = wide * (1 + (_AMPLIFIED - 1) * min(1.0, max(0.0, waiting / float(np.mean(seconds.first)))))
     tokens = float(load.output.sum())
@@ -156,6 +177,8 @@ def metrics(
     found |= {f"latency{name}": metric for name, metric in timed(seconds.whole, queued).items()}
     found["queue"] = timed(seconds.queue, queued)[""]
     found["slo"] = Metric(value=_kept(seconds, slo, wide, queued), unit="share", higher_is_better=True)
+    if load.prefixes:
+        found["cached"] = Metric(value=Interval.exact(float(served.cached.sum())), unit="tokens", higher_is_better=True)
     energy = joules(device, layout.total, busy * served.makespan_s, served.makespan_s)
     if energy is not None:
         found["energy"] = Metric(value=energy.scaled(1 / tokens), unit="J/token")

@@ -30,6 +30,7 @@ class Served:
 
     Attributes:
         started_s: start of the step in which its prompt was begun.
+        cached: tokens of its prompt whose keys and values were there by then.
         first_s, finished_s: end of the steps of its first and of its last token.
         parts: seconds by cause, summed over replicas.
         makespan_s: when the last request was done.
@@ -41,6 +42,7 @@ class Served:
     started_s: Floats
     first_s: Floats
     finished_s: Floats
+    cached: Ints
     parts: Parts
     makespan_s: float
     steps: int
@@ -76,6 +78,7 @@ class _LaneState:
 
     def __init__(self, config: SchedulerConfig, load: Load, mine: Ints) -> None:
         self.scheduler = Scheduler(config)
+        self.load = load
         self.ids: list[int] = mine.tolist()
         self.arrivals: list[float] = load.arrival_s[mine].tolist()
         self.came = 0
@@ -92,7 +95,8 @@ class _LaneState:
 
     def take_arrivals(self, now_s: float, prompt: Sequence[int], output: Sequence[int]) -> None:
         while self.came < len(self.ids) and self.arrivals[self.came] <= now_s:
-            request = self.ids[self.came]
+            request, settings = self.ids[self.came], self.scheduler.config
+            prefix = self.load.page_hashes(request, settings.page_tokens) if settings.prefix_cache else ()
             self.scheduler.apply(
                 {
                     "type": "arrive",
@@ -100,6 +104,7 @@ class _LaneState:
                     "at": self.arrivals[self.came],
                     "prompt": prompt[request],
                     "limit": output[request],
+                    "prefix": prefix,
                 }
             )
             self.came += 1
@@ -115,6 +120,7 @@ class _Clock:
     started_s: Floats
     first_s: Floats
     finished_s: Floats
+    cached: Ints
     parts: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     steps: int = 0
 
@@ -138,17 +144,18 @@ def serve(load: Load, costs: Costs, config: SchedulerConfig, *, recorder: Record
             f"request {longest}: {positions} positions do not fit into {config.pages} pages of {config.page_tokens}"
         )
     blank = np.full(len(load), np.nan)
-    clock = _Clock(blank, blank.copy(), blank.copy())
+    clock = _Clock(blank, blank.copy(), blank.copy(), np.zeros(len(load), np.int64))
     lanes: list[_LaneState] = []
     for number, mine in enumerate(load.dealt(layout.replicas)):
         inside = [mine[first :: layout.lanes] for first in range(layout.lanes)]
         replica = [_LaneState(config, load, own) for own in inside]
-        _Replica(f"replica {number}", replica, costs, load, clock, recorder).run()
+        _Replica(lane_name(number), replica, costs, load, clock, recorder).run()
         lanes += replica
     return Served(
         started_s=clock.started_s,
         first_s=clock.first_s,
         finished_s=clock.finished_s,
+        cached=clock.cached,
         parts=Parts(*clock.parts),
         makespan_s=float(clock.finished_s.max()),
         steps=clock.steps,
@@ -220,8 +227,7 @@ class _Replica:
         end = begin + done * first.total + slope * done * (done - 1) / 2
         self._add_up(first, last, done, steps, begin - now)
         if self.recorder is not None:
-            phase = "prefill" if any(lane.shape.eager for lane in working) else "decode"
-            self.recorder.span(self.name, now, end, Key(phase, step=self.clock.steps))
+            self.recorder.span(self.name, now, end, Key(_phase(working), step=self.clock.steps))
         for lane in working:
             lane.taken += done
             lane.left -= done
@@ -268,6 +274,7 @@ class _Replica:
         for chunk in decision.prefill:
             if math.isnan(self.clock.started_s[chunk.id]):
                 self.clock.started_s[chunk.id] = now
+                self.clock.cached[chunk.id] = chunk.start
 
     def _settle(self, lane: _LaneState, end: float) -> None:
         """The lane's decision ends here, after the steps that were taken: note who got what, tell the scheduler."""
@@ -293,6 +300,18 @@ class _Replica:
 
 
 _IDLE = Lane()
+
+
+def lane_name(replica: int) -> str:
+    """The lane of a replica in a trace."""
+    return f"replica {replica}"
+
+
+def _phase(working: Sequence[_LaneState]) -> str:
+    """What lanes do in a step, as the engine's `Pass` says it."""
+    if not any(lane.shape.eager for lane in working):
+        return "decode"
+    return "mixed" if any(lane.shape.decoders for lane in working) else "prefill"
 
 
 def _copied(decision: Decision | None) -> int:

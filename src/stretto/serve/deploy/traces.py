@@ -1,6 +1,7 @@
 """Requests from files: our own columns, Azure's and its shortened form, APEX's and Mooncake's JSON lines.
 
-Every format is known by its fields. Times are shifted so that the first request comes at 0. A mistake names the file,
+Every format is known by its fields. Mooncake's tells what prompts share by a hash of each block of 512 tokens, which
+stands for all before it too. Times are shifted so that the first request comes at 0. A mistake names the file,
 the line and the field; sizes are bounded.
 """
 
@@ -21,17 +22,24 @@ from stretto.serve.deploy.load import MAX_REQUESTS, MAX_TOKENS, Load
 
 MAX_TRACE_BYTES = 512 * 2**20
 MAX_LINE = 1 << 20
+BLOCK_TOKENS = 512
+"""Tokens of a block that Mooncake's traces hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceFormat:
-    """One way to write requests down: the names of its fields, and how its times become seconds."""
+    """One way to write requests down: the names of its fields, and how its times become seconds.
+
+    Attributes:
+        hashes: the field, which may be missing, with a hash of each block of a prompt.
+    """
 
     name: str
     arrival: str
     prompt: str
     output: str
     seconds: Callable[[Any], float]
+    hashes: str = ""
 
 
 def _number(scale: float) -> Callable[[Any], float]:
@@ -64,7 +72,12 @@ FORMATS = (
         seconds=_number(1e-9),
     ),
     TraceFormat(
-        name="mooncake", arrival="timestamp", prompt="input_length", output="output_length", seconds=_number(1e-3)
+        name="mooncake",
+        arrival="timestamp",
+        prompt="input_length",
+        output="output_length",
+        seconds=_number(1e-3),
+        hashes="hash_ids",
     ),
 )
 
@@ -94,15 +107,25 @@ def read_trace(path: str | Path, *, most: int | None = None) -> Load:
     if len(rows) > MAX_REQUESTS:
         raise UserError("the trace is too long", file=file, right=f"at most {MAX_REQUESTS} requests")
     rows.sort(key=lambda row: row[0])
-    arrival, prompt, output = zip(*rows, strict=True)
-    return Load(np.array(arrival, np.float64) - arrival[0], np.array(prompt, np.int64), np.array(output, np.int64))
+    arrival, prompt, output, hashes = zip(*rows, strict=True)
+    return Load(
+        np.array(arrival, np.float64) - arrival[0],
+        np.array(prompt, np.int64),
+        np.array(output, np.int64),
+        hashes if any(hashes) else (),
+        BLOCK_TOKENS,
+    )
 
 
-def _requests(opened: TextIO, file: str, most: int) -> list[tuple[float, int, int]]:
+_Request = tuple[float, int, int, tuple[int, ...]]
+"""(arrival, prompt tokens, output tokens, hashes of the prompt's blocks)."""
+
+
+def _requests(opened: TextIO, file: str, most: int) -> list[_Request]:
     first = opened.read(1)
     opened.seek(0)
     lines = _json_lines(opened, file) if first == "{" else _csv_lines(opened, file)
-    found: list[tuple[float, int, int]] = []
+    found: list[_Request] = []
     form: TraceFormat | None = None
     for line, fields in lines:
         form = form or _format_of(fields, file, line)
@@ -149,7 +172,7 @@ def _format_of(fields: Mapping[str, Any], file: str, line: int) -> TraceFormat:
     raise UserError(f"the fields are {shown}", file=file, line=line, right=f"they must be among: {known}")
 
 
-def _request(form: TraceFormat, fields: Mapping[str, Any], file: str, line: int) -> tuple[float, int, int]:
+def _request(form: TraceFormat, fields: Mapping[str, Any], file: str, line: int) -> _Request:
     def wrong(field: str, right: str) -> UserError:
         shown = "missing" if field not in fields else repr(fields[field])[:60]
         return UserError(f"the value is {shown}", file=file, line=line, field=field, right=f"it must be {right}")
@@ -168,4 +191,8 @@ def _request(form: TraceFormat, fields: Mapping[str, Any], file: str, line: int)
         except (KeyError, TypeError, ValueError, OverflowError, AssertionError):
             raise wrong(field, f"a whole number of tokens in 1 .. {MAX_TOKENS}") from None
         lengths.append(int(length))
-    return arrival, lengths[0], lengths[1]
+    hashes = fields.get(form.hashes, [])
+    whole = isinstance(hashes, list) and all(isinstance(h, int) and not isinstance(h, bool) for h in hashes)
+    if not whole or any(not 0 <= h < 2**63 for h in hashes):
+        raise wrong(form.hashes, f"a list of whole numbers, one for each {BLOCK_TOKENS} tokens of the prompt")
+    return arrival, lengths[0], lengths[1], tuple(hashes)

@@ -1,0 +1,169 @@
+"""Seconds of the steps of a copy on this machine as they were measured, and where they are measured.
+
+They stand in for `StepCosts`: a decoding step is a straight line over the positions that it reads, whose ends lie on
+lines over its rows; a step with prompts is a line over their rows, to which each decoding row adds what it adds to a
+batch that decodes, and what was cached before is read again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from stretto.hardware.table import Table
+from stretto.serve.deploy.costs import Lane, Parts
+from stretto.serve.deploy.layout import Layout
+from stretto.serve.scheduler import SchedulerConfig
+
+STEPS = 12
+"""Steps of a decoding batch that are timed together."""
+_LEAST_SPREAD = 0.1
+"""Passes that are timed in a row differ less than they do from those of a load."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Where passes are timed.
+
+    Attributes:
+        rows: batches that decode, in ascending order.
+        contexts: positions before them; two, so that what a position costs shows.
+        prompts: lengths of lone prompts, in ascending order.
+    """
+
+    rows: tuple[int, ...] = (1, 4, 12)
+    contexts: tuple[int, int] = (16, 80)
+    prompts: tuple[int, ...] = (8, 64, 176)
+
+    @classmethod
+    def of(cls, config: SchedulerConfig, longest_prompt: int) -> Points:
+        """Points about what a scheduler decides, all of which fit into its pages."""
+        room = (config.pages - config.slots) * config.page_tokens  # a page of each row may not be full
+        far = max(24, min(96, room // config.slots - STEPS))
+        rows = max(1, min(config.slots, room // (far + STEPS)))
+        most = max(9, min(max(config.prefill_tokens, longest_prompt), 512, room))
+        return cls(
+            rows=tuple(sorted({1, min(4, rows), rows})),
+            contexts=(min(16, far // 2), far),
+            prompts=tuple(sorted({8, min(64, most), most})),
+        )
+
+    def __str__(self) -> str:
+        return "-".join(",".join(map(str, values)) for values in (self.rows, self.contexts, self.prompts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCosts:
+    """Seconds of the steps of one copy, host work and waiting for workers included.
+
+    Attributes:
+        decode: (rows, seconds without any cached position, seconds a cached position of all rows together).
+        prompts: (tokens, seconds) of a lone prompt.
+        spread: by which share passes of one kind differed, in the middle of all kinds.
+    """
+
+    layout: Layout
+    decode: tuple[tuple[int, float, float], ...]
+    prompts: tuple[tuple[int, float], ...]
+    spread: float = _LEAST_SPREAD
+
+    def prompt_attention_s(self, new: int, cached: int) -> float:
+        """What was cached is read again by each new row: as dear as so many rows that decode there."""
+        return self._decoding(1)[1] * new * cached
+
+    def copy_s(self, positions: int) -> float:
+        """Swaps are not measured here."""
+        assert not positions, "swaps are not measured"
+        return 0.0
+
+    def stage(self, lanes: Sequence[Lane]) -> Parts:
+        """The seconds of one lane's step."""
+        (lane,) = lanes
+        if not lane.rows:
+            return Parts(0.0, 0.0, 0.0)
+        base, each = self._decoding(lane.decoders)
+        if lane.eager:
+            xs, ys = zip(*self.prompts, strict=True)
+            beside = base - self._decoding(0)[0] + each * lane.cached if lane.decoders else 0.0
+            return Parts(_line(xs, ys, lane.rows - lane.decoders) + lane.prompt_s + beside, 0.0, 0.0)
+        return Parts(base + each * lane.cached, 0.0, 0.0)
+
+    def cycle(self, groups: Iterable[Sequence[Lane]]) -> Parts:
+        """Copies have no stages here."""
+        (lanes,) = groups
+        return self.stage(lanes)
+
+    def _decoding(self, rows: int) -> tuple[float, float]:
+        xs, bases, slopes = zip(*self.decode, strict=True)
+        return _line(xs, bases, rows), _line(xs, slopes, rows)
+
+    def at_pace(self, pace: float) -> MeasuredCosts:
+        """The costs of a machine that takes `pace` times as long."""
+        return replace(
+            self,
+            decode=tuple((rows, base * pace, each * pace) for rows, base, each in self.decode),
+            prompts=tuple((tokens, seconds * pace) for tokens, seconds in self.prompts),
+        )
+
+    def mean(self, other: MeasuredCosts) -> MeasuredCosts:
+        """Half way between two measurements of the same points."""
+        return MeasuredCosts(
+            layout=self.layout,
+            decode=tuple(
+                (rows, (a + c) / 2, (b + d) / 2)
+                for (rows, a, b), (_, c, d) in zip(self.decode, other.decode, strict=True)
+            ),
+            prompts=tuple((n, (a + b) / 2) for (n, a), (_, b) in zip(self.prompts, other.prompts, strict=True)),
+            spread=max(self.spread, other.spread),
+        )
+
+    def to_tables(self, name: str) -> dict[str, Table]:
+        """The same as tables of a device, whose names begin with `name`."""
+        columns = {
+            "base": ("rows", [(float(rows), base) for rows, base, _ in self.decode]),
+            "position": ("rows", [(float(rows), each) for rows, _, each in self.decode]),
+            "prompt": ("tokens", [(float(tokens), seconds) for tokens, seconds in self.prompts]),
+        }
+        return {
+            f"{name}/{column}": Table(
+                axes=(axis,),
+                points=tuple((x,) for x, _ in points),
+                values=tuple(y for _, y in points),
+                scale="linear",
+                beyond="slope",
+                spread=self.spread,
+                source="measured here by stretto.serve.deploy.here",
+            )
+            for column, (axis, points) in columns.items()
+        }
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Table], name: str, layout: Layout) -> MeasuredCosts | None:
+        """What `to_tables` made; None where there is nothing of that name."""
+        if f"{name}/prompt" not in tables:
+            return None
+        base, each, prompt = (tables[f"{name}/{column}"] for column in ("base", "position", "prompt"))
+        return cls(
+            layout=layout,
+            decode=tuple(
+                (int(x), first, slope) for (x,), first, slope in zip(base.points, base.values, each.values, strict=True)
+            ),
+            prompts=tuple((int(x), seconds) for (x,), seconds in zip(prompt.points, prompt.values, strict=True)),
+            spread=prompt.spread,
+        )
+
+
+def spread_of(seconds: Sequence[float]) -> float:
+    """Half of what lies between the quartiles, as a share of the median, and never less than a machine's own noise."""
+    ordered = sorted(seconds)
+    low, middle, high = (ordered[int(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
+    return max(_LEAST_SPREAD, (high - low) / 2 / middle)
+
+
+def _line(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
+    """Straight lines between points, and the last slope beyond; one point is a constant."""
+    if len(xs) == 1:
+        return ys[0]
+    i = min(max(bisect_left(xs, x), 1), len(xs) - 1)
+    return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
