@@ -13,6 +13,7 @@ from stretto.core.record import Recorder
 from stretto.core.trace import Trace
 from stretto.serve.backend import Backend, Pass, PassResult, Row
 from stretto.serve.engine import Engine
+from stretto.serve.lane_engine import engine_of
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
 from stretto.serve.scheduler import Scheduler, SchedulerConfig
@@ -81,7 +82,8 @@ class FaultyBackend:
 
 
 class Ledger:
-    """A backend behind books of what each page holds: a row that would read what is not its own is an error.
+    """A backend behind books of what each page holds: a row that would read what is not its own is an error, and so is
+    a pass whose pages are written to before it has ended.
 
     Attributes:
         held: what each (page, offset) holds: all that the text up to there depends on.
@@ -98,6 +100,7 @@ class Ledger:
         self.away: dict[tuple[int, int], tuple[int, ...]] = {}
         self.passes: list[Pass] = []
         self._last: Pass | None = None
+        self._wiped = 0
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
         self.passes.append(work)
@@ -114,7 +117,12 @@ class Ledger:
             self._write(row, len(row.tokens))
             if work.slots is not None:
                 assert work.slots[0] <= row.table[0] < work.slots[1], "a row lies outside the range"
+        wiped = self._wiped
         result = await self._inner.run(work, steps, news)
+        for row in (*work.prefill, *work.decode):
+            for position in range(row.start, row.start + len(row.tokens)) if wiped == self._wiped else ():
+                found = self.held[self._place(row.table, position)]
+                assert found == self._text(row.id, position), "a pass under way has lost its pages"
         if not work.prefill:
             for row in work.decode:
                 self._write(row, result.steps)
@@ -143,6 +151,7 @@ class Ledger:
     def wipe(self) -> None:
         self.held.clear()
         self.away.clear()
+        self._wiped += 1
         self._inner.wipe()
 
     def forget(self, ids: Iterable[int]) -> None:
@@ -172,13 +181,13 @@ def play(
     """Run `asks` to the end on virtual time."""
 
     async def main(clock: VirtualClock) -> World:
-        scheduler, recorder, log = Scheduler(settings), Recorder("simulated"), EventLog()
+        recorder, log = Recorder("simulated"), EventLog()
         lengths = {i: ask.length for i, ask in enumerate(asks)}
         prompts = {i: ask.prompt for i, ask in enumerate(asks)}
         ledger = Ledger(SimulatedBackend(cost or RoundCost(), clock, lengths, prompts), settings.page_tokens, asks)
         injector = FaultInjector(faults, clock)
         backend: Backend = FaultyBackend(ledger, injector) if faults else ledger
-        engine = Engine(scheduler, backend, clock, recorder, step_timeout_s=step_timeout_s, log=log)
+        engine = engine_of(settings, backend, clock, recorder, step_timeout_s=step_timeout_s, log=log)
         running = asyncio.ensure_future(engine.run())
         handles = {}
 
@@ -198,7 +207,8 @@ def play(
         engine.close()
         await clock.wait(running, "the test waits for the engine")
         answers = {i: await handle.answer() for i, handle in handles.items()}
-        return World(answers, recorder.trace(), log, scheduler, engine.failures, injector.injected, ledger.passes)
+        trace, scheduler = recorder.trace(), engine.scheduler
+        return World(answers, trace, log, scheduler, engine.failures, injector.injected, ledger.passes)
 
     return simulate_async(main)
 
