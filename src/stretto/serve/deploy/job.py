@@ -96,7 +96,7 @@ class DeploymentJob:
         slo: the promise.
         engine: whose constants and defaults hold, by name and version.
         policy: "auto" weighs the engine's own and chunked prefill; "whole" prompts first in steps of their own,
-            "chunked" prompts beside decoding rows, or "static" batches.
+            "chunked" prompts beside decoding rows, "static" batches, or two "lanes" with a few shares of the devices.
         preemption: what becomes of the pages of a request that is put back.
         slots: most sequences at once in a batch; None takes the engine's.
         memory_share: of each device's memory that the engine may take; None takes the engine's.
@@ -112,7 +112,7 @@ class DeploymentJob:
     objective: Literal["throughput", "latency", "energy", "cost", "slo"] = "throughput"
     slo: Slo = field(default_factory=Slo)
     engine: str = "vllm-0.6"
-    policy: Literal["auto", "whole", "chunked", "static"] = "auto"
+    policy: Literal["auto", "whole", "chunked", "static", "lanes"] = "auto"
     preemption: Literal["recompute", "swap"] = "recompute"
     slots: int | None = None
     memory_share: float | None = None
