@@ -71,8 +71,14 @@ MUTANTS = [
     Mutant(
         "all starts over while the other lane's pass goes on",
         "serve/lane_engine.py",
-        "if failed and not self._under_way:",
-        "if failed:",
+        "if self._failing and not self._under_way:",
+        "if self._failing:",
+    ),
+    Mutant(
+        "what a pass computed on lost pages is handed out",
+        "serve/lane_engine.py",
+        "return None if self._failing else result",
+        "return result",
     ),
     Mutant(
         "a lane has all of the arithmetic",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stretto.core.clock import VirtualClock, simulate_async
 from stretto.core.eventlog import EventLog
@@ -18,6 +18,9 @@ from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
 from stretto.serve.scheduler import Scheduler, SchedulerConfig
 from stretto.serve.simulated import END, PassCost, SimulatedBackend
+
+GARBAGE = 2
+"""What a backend gives that has lost what it read."""
 
 
 class RoundCost:
@@ -66,13 +69,14 @@ class World:
 class FaultyBackend:
     """A backend behind an injector of faults."""
 
-    def __init__(self, inner: Backend, injector: FaultInjector) -> None:
+    def __init__(self, inner: Ledger, injector: FaultInjector) -> None:
         self._inner = inner
         self.steps_at_once = inner.steps_at_once
         self._injector = injector
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
-        return await self._injector.call(lambda: self._inner.run(work, steps, news), self._inner.wipe)
+        asked = self._inner.wiped
+        return await self._injector.call(lambda: self._inner.run(work, steps, news, asked), self._inner.wipe)
 
     def wipe(self) -> None:
         self._inner.wipe()
@@ -83,12 +87,13 @@ class FaultyBackend:
 
 class Ledger:
     """A backend behind books of what each page holds: a row that would read what is not its own is an error, and so is
-    a pass whose pages are written to before it has ended.
+    a pass whose pages are written to before it has ended. A pass that was under way when all was lost gives garbage.
 
     Attributes:
         held: what each (page, offset) holds: all that the text up to there depends on.
         away: the same of spare pages.
         passes: all that were asked for.
+        wiped: how often all was lost.
     """
 
     def __init__(self, inner: Backend, page_tokens: int, asks: Sequence[Ask]) -> None:
@@ -100,9 +105,26 @@ class Ledger:
         self.away: dict[tuple[int, int], tuple[int, ...]] = {}
         self.passes: list[Pass] = []
         self._last: Pass | None = None
-        self._wiped = 0
+        self.wiped = 0
 
-    async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
+    async def run(self, work: Pass, steps: int, news: asyncio.Event, asked: int | None = None) -> PassResult:
+        if asked is None:
+            asked = self.wiped
+        if asked == self.wiped:
+            self._read_and_write(work)
+        result = await self._inner.run(work, steps, news)
+        if asked != self.wiped:
+            return replace(result, tokens={row: (GARBAGE,) * len(given) for row, given in result.tokens.items()})
+        for row in (*work.prefill, *work.decode):
+            for position in range(row.start, row.start + len(row.tokens)):
+                found = self.held[self._place(row.table, position)]
+                assert found == self._text(row.id, position), "a pass under way has lost its pages"
+        if not work.prefill:
+            for row in work.decode:
+                self._write(row, result.steps)
+        return result
+
+    def _read_and_write(self, work: Pass) -> None:
         self.passes.append(work)
         if work != self._last:
             self._swap(work)
@@ -117,16 +139,6 @@ class Ledger:
             self._write(row, len(row.tokens))
             if work.slots is not None:
                 assert work.slots[0] <= row.table[0] < work.slots[1], "a row lies outside the range"
-        wiped = self._wiped
-        result = await self._inner.run(work, steps, news)
-        for row in (*work.prefill, *work.decode):
-            for position in range(row.start, row.start + len(row.tokens)) if wiped == self._wiped else ():
-                found = self.held[self._place(row.table, position)]
-                assert found == self._text(row.id, position), "a pass under way has lost its pages"
-        if not work.prefill:
-            for row in work.decode:
-                self._write(row, result.steps)
-        return result
 
     def _swap(self, work: Pass) -> None:
         for page, away, positions in work.swap_out:
@@ -151,7 +163,7 @@ class Ledger:
     def wipe(self) -> None:
         self.held.clear()
         self.away.clear()
-        self._wiped += 1
+        self.wiped += 1
         self._inner.wipe()
 
     def forget(self, ids: Iterable[int]) -> None:
@@ -207,6 +219,7 @@ def play(
         engine.close()
         await clock.wait(running, "the test waits for the engine")
         answers = {i: await handle.answer() for i, handle in handles.items()}
+        assert not any(GARBAGE in answer.tokens for answer in answers.values()), "garbage was handed out"
         trace, scheduler = recorder.trace(), engine.scheduler
         return World(answers, trace, log, scheduler, engine.failures, injector.injected, ledger.passes)
 

@@ -10,41 +10,42 @@ from stretto.core.record import Recorder
 from stretto.serve.backend import Backend, Pass, PassResult
 from stretto.serve.decision import Decision, Lane
 from stretto.serve.engine import Course, Engine
-from stretto.serve.lanes import LaneScheduler, scheduler_of
-from stretto.serve.scheduler import SchedulerConfig
+from stretto.serve.lanes import LaneScheduler
+from stretto.serve.scheduler import Scheduler, SchedulerConfig
 
 
 def engine_of(config: SchedulerConfig, backend: Backend, clock: Clock, recorder: Recorder, **more: Any) -> Engine:
     """The engine that keeps `config`'s way with prompts; `more` as `Engine` takes it."""
-    scheduler = scheduler_of(config)
-    kind = LaneEngine if isinstance(scheduler, LaneScheduler) else Engine
-    return kind(scheduler, backend, clock, recorder, **more)
+    if config.prefill == "lanes":
+        return LaneEngine(LaneScheduler(config), backend, clock, recorder, **more)
+    return Engine(Scheduler(config), backend, clock, recorder, **more)
 
 
 class LaneEngine(Engine):
     """See `Engine`; its scheduler is a `LaneScheduler`.
 
     Its backend is asked for one step at a time, and for a pass of each lane at once: who shares a device is seen at
-    every step. If a pass fails, the other lane's is waited for before everything starts over.
+    every step. If a pass fails, the other lane's is waited for, since it may still write somewhere; what that gives is
+    not taken, since what it read may be lost.
     """
 
     def __init__(self, scheduler: LaneScheduler, backend: Backend, clock: Clock, recorder: Recorder, **more: Any):
         super().__init__(scheduler, backend, clock, recorder, **more)
         self._under_way: dict[Lane, tuple[Course, asyncio.Task[bool]]] = {}
+        self._failing = False
 
     async def run(self) -> None:
         """Serve until closed and empty."""
-        failed = False
         try:
             while True:
                 self._take_inbox()
-                failed |= self._gather()
-                if failed and not self._under_way:
+                self._gather()
+                if self._failing and not self._under_way:
                     self._lost()
-                    failed = False
+                    self._failing = False
                 if self._closed and not self._live and not self._under_way:
                     return
-                await self._sleep_until(float("inf") if failed or not self._live else self._begin())
+                await self._sleep_until(float("inf") if self._failing or not self._live else self._begin())
                 self._tell({"type": "tick", "at": self.clock.now})
                 self._cut()
         finally:
@@ -70,11 +71,10 @@ class LaneEngine(Engine):
         task.add_done_callback(lambda _: self._news.set())
         self._under_way[lane] = course, task
 
-    def _gather(self) -> bool:
-        """Take note of the passes that have ended; whether one has failed."""
-        ended = [lane for lane, (_, task) in self._under_way.items() if task.done()]
-        failed = [self._under_way.pop(lane)[1].result() for lane in ended]
-        return any(failed)
+    def _gather(self) -> None:
+        """Take note of the passes that have ended; an error in one of them is raised here."""
+        for lane in [lane for lane, (_, task) in self._under_way.items() if task.done()]:
+            self._under_way.pop(lane)[1].result()
 
     def _cut(self) -> None:
         """Something has happened: the decoding rows' decision ends with the step that is under way."""
@@ -86,7 +86,9 @@ class LaneEngine(Engine):
             self._tell({"type": "cut", "steps": course.steps})
 
     async def _ask(self, work: Pass, steps: int) -> PassResult | None:
-        return await super()._ask(work, 1)
+        result = await super()._ask(work, 1)
+        self._failing |= result is None
+        return None if self._failing else result
 
     def _lane_of(self, work: Pass) -> str:
         return f"{self._lane}, {'prompts' if work.prefill else 'tokens'}"

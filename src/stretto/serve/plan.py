@@ -134,7 +134,7 @@ def _laid_out(job: ServeJob, plan: ServePlan) -> Iterator[ServePlan]:
 def _with_prompts(job: ServeJob, plan: ServePlan) -> Iterator[ServePlan]:
     """`plan` with each way of computing prompts."""
     for prefill in ("mixed", "lanes") if job.prefill == "auto" else (job.prefill,):
-        yield replace(plan, prefill=prefill)  # type: ignore[arg-type]
+        yield replace(plan, prefill=prefill)
 
 
 def _page_tokens(plan: ServePlan) -> int:

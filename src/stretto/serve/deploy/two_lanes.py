@@ -122,7 +122,7 @@ class TwoLanes(Replica):
         until = max(now, min(upcoming[0], coming))
         ended = self.fluid.advance(until)
         for course in self.courses.values():
-            self._add_up(course.demand.parts, (until - now) / len(self.courses) / course.demand.seconds)
+            self._spend(course.demand.parts, (until - now) / len(self.courses) / course.demand.seconds)
         heard = until >= coming
         for lane, course in sorted(self.courses.items(), reverse=True):  # decoding rows first
             if course.task in ended:
@@ -141,7 +141,7 @@ class TwoLanes(Replica):
         done = steps_until(coming - now, first.seconds, slope, steps) - 1
         middle = (done - 1) / 2 / (steps - 1)
         mean = Parts(*(a + (b - a) * middle for a, b in zip(first.parts, last.parts, strict=True)))
-        self._add_up(mean, done)
+        self._spend(mean, done)
         self._taken(course, done)
         return now + done * first.seconds + slope * done * (done - 1) / 2
 
@@ -169,6 +169,6 @@ class TwoLanes(Replica):
             course.work = course.work.later(steps)
             course.demand = self.shared.demand(course.work)
 
-    def _add_up(self, parts: Parts, times: float) -> None:
+    def _spend(self, parts: Parts, times: float) -> None:
         for index, seconds in enumerate(parts):
             self.clock.parts[index] += times * seconds
