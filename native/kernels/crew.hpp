@@ -25,10 +25,12 @@ class Walk {
 
 class Crew {
   public:
-    // The process's own; it is never taken apart, since its threads may be anywhere when the process ends.
-    static Crew &get() {
-        static Crew *crew = new Crew;
-        return *crew;
+    static constexpr int kCrews = 2;  // passes that may be under way at once
+
+    // One of the process's own; they are never taken apart, since their threads may be anywhere when the process ends.
+    static Crew &get(int number) {
+        static Crew *crews = new Crew[kCrews];
+        return crews[number];
     }
 
     // The caller's part of `walk` as thread 0, with up to `threads` - 1 helpers.

@@ -54,8 +54,11 @@ struct Shape {
 
 class Decoder {
   public:
-    Decoder(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t dim, int64_t ffn, int64_t vocab, float epsilon)
-        : shape_{hidden, heads, kv_heads, dim, ffn, vocab, epsilon} {}
+    // Decoders of different crews may each have a pass under way, even over the same weights and pages.
+    Decoder(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t dim, int64_t ffn, int64_t vocab, float epsilon, int crew)
+        : shape_{hidden, heads, kv_heads, dim, ffn, vocab, epsilon}, crew_(crew) {
+        if (crew < 0 || crew >= Crew::kCrews) throw std::invalid_argument("there is no crew of this number");
+    }
 
     void add_layer(const Packed &qkv, const Packed &out, const Packed &gate_up, const Packed &down,
                    uintptr_t norm_attention, uintptr_t norm_mlp, uintptr_t bias, uintptr_t qk_norm) {
@@ -106,7 +109,7 @@ class Decoder {
         threads = std::clamp(threads, 1, kMostThreads);
         run.allocate(level, threads);
         const double began = seconds_now();
-        Crew::get().go(threads, held);
+        Crew::get(crew_).go(threads, held);
         return run.seconds(began);
     }
 
@@ -402,6 +405,7 @@ class Decoder {
     };
 
     Shape shape_;
+    int crew_;
     std::vector<Layer> layers_;
     Packed head_{};
     const float *norm_final_ = nullptr;
@@ -417,7 +421,7 @@ class Decoder {
 
 void bind_decoder(nb::module_ &m) {
     nb::class_<Decoder>(m, "Decoder")
-        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, int>())
         .def("add_layer", &Decoder::add_layer)
         .def("set_embedding", &Decoder::set_embedding, nb::arg("table").none(), nb::arg("rows"))
         .def("set_head", &Decoder::set_head)

@@ -281,6 +281,7 @@ def test_predictions_are_shown_for_what_was_planned_alone() -> None:
     ("chosen", "message"),
     [
         (plan_of(instances=2), "p.yaml: choices.instances: the plan has 2 instances"),
+        (plan_of(path="exact", prefill="lanes"), "p.yaml: choices.prefill: the plan has two lanes"),
         (replace(plan_of(), kind="train"), "p.yaml: the plan is of kind train"),
     ],
 )

@@ -56,8 +56,8 @@ MUTANTS = [
     Mutant(
         "arrivals are seen a step late",
         "serve/deploy/simulate.py",
-        "done = _steps_until(arrival - begin,",
-        "done = _steps_until(arrival + first.total - begin,",
+        "done = steps_until(arrival - begin,",
+        "done = steps_until(arrival + first.total - begin,",
     ),
     Mutant(
         "all requests go to one lane's numbers",

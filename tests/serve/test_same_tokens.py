@@ -15,8 +15,11 @@ from stretto.core.errors import UserError  # noqa: E402
 from stretto.core.record import Recorder  # noqa: E402
 from stretto.models.load import Model, load_model  # noqa: E402
 from stretto.models.source import packaged_model  # noqa: E402
+from stretto.serve.backend import Backend  # noqa: E402
 from stretto.serve.engine import Engine  # noqa: E402
+from stretto.serve.lane_engine import engine_of  # noqa: E402
 from stretto.serve.local import LocalBackend  # noqa: E402
+from stretto.serve.local_lanes import LaneBackend  # noqa: E402
 from stretto.serve.logprobs import Logprob  # noqa: E402
 from stretto.serve.request import Request  # noqa: E402
 from stretto.serve.sampling import Sampling  # noqa: E402
@@ -68,9 +71,12 @@ def texts(
     async def main() -> tuple[list[Said], Scheduler]:
         clock = RealClock()
         size = {"pages": settings.pages, "page_tokens": settings.page_tokens, "spare_pages": settings.spare_pages}
-        backend = LocalBackend(model, clock=clock, **size)
-        scheduler = Scheduler(settings)
-        engine = Engine(scheduler, backend, clock, Recorder("measured"))
+        if settings.prefill == "lanes":
+            sides = LaneBackend(model, clock=clock, pages=settings.pages, page_tokens=settings.page_tokens, threads=1)
+            backend: Backend = sides
+        else:
+            backend = LocalBackend(model, clock=clock, **size)
+        engine = engine_of(settings, backend, clock, Recorder("measured"))
         handles = {}
         for copy in range(copies):
             for i in order:
@@ -85,7 +91,9 @@ def texts(
         cached = sum(handle.cached_tokens for handle in handles.values())
         assert (cached > 0) == settings.prefix_cache
         found = [handles[i].result() for i in range(len(handles))]
-        return [(answer.tokens, answer.logprobs) for answer in found], scheduler
+        if settings.prefill == "lanes":
+            sides.close()
+        return [(answer.tokens, answer.logprobs) for answer in found], engine.scheduler
 
     return asyncio.run(main())
 
@@ -135,6 +143,25 @@ def test_pages_found_again_change_no_token(model: Model, drawn: bool) -> None:
     ):
         found, _ = texts(model, order, settings, drawn=drawn, copies=2)
         assert found == [*alone, *alone], settings
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_two_lanes_change_no_token(model: Model, drawn: bool) -> None:
+    """Passes of prompts and of decoding rows on two teams of threads at once, over the same pages."""
+    forwards, backwards = list(range(6)), list(range(5, -1, -1))
+    alone, _ = texts(model, forwards, config(1, 512), drawn=drawn)
+    preempted = 0
+    for order, settings, copies in (
+        (forwards, config(6, 512, prefill="lanes"), 1),
+        (backwards, config(6, 7, prefill="lanes"), 1),
+        (backwards, config(3, 16, page_tokens=5, prefill="lanes", horizon="shortage"), 1),
+        (backwards, config(5, 3, page_tokens=8, pages=12, prefill="lanes"), 1),
+        (forwards, config(4, 8, page_tokens=4, pages=30, prefill="lanes", prefix_cache=True), 2),
+    ):
+        found, scheduler = texts(model, order, settings, drawn=drawn, copies=copies)
+        assert found == alone * copies, settings
+        preempted += scheduler.preemptions
+    assert preempted > 0
 
 
 @pytest.mark.parametrize(("path", "drawn"), [("exact", False), ("fast", True)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stretto.core.clock import VirtualClock, simulate_async
 from stretto.core.eventlog import EventLog
@@ -13,10 +13,14 @@ from stretto.core.record import Recorder
 from stretto.core.trace import Trace
 from stretto.serve.backend import Backend, Pass, PassResult, Row
 from stretto.serve.engine import Engine
+from stretto.serve.lane_engine import engine_of
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
 from stretto.serve.scheduler import Scheduler, SchedulerConfig
 from stretto.serve.simulated import END, PassCost, SimulatedBackend
+
+GARBAGE = 2
+"""What a backend gives that has lost what it read."""
 
 
 class RoundCost:
@@ -65,13 +69,14 @@ class World:
 class FaultyBackend:
     """A backend behind an injector of faults."""
 
-    def __init__(self, inner: Backend, injector: FaultInjector) -> None:
+    def __init__(self, inner: Ledger, injector: FaultInjector) -> None:
         self._inner = inner
         self.steps_at_once = inner.steps_at_once
         self._injector = injector
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
-        return await self._injector.call(lambda: self._inner.run(work, steps, news), self._inner.wipe)
+        asked = self._inner.wiped
+        return await self._injector.call(lambda: self._inner.run(work, steps, news, asked), self._inner.wipe)
 
     def wipe(self) -> None:
         self._inner.wipe()
@@ -81,12 +86,14 @@ class FaultyBackend:
 
 
 class Ledger:
-    """A backend behind books of what each page holds: a row that would read what is not its own is an error.
+    """A backend behind books of what each page holds: a row that would read what is not its own is an error, and so is
+    a pass whose pages are written to before it has ended. A pass that was under way when all was lost gives garbage.
 
     Attributes:
         held: what each (page, offset) holds: all that the text up to there depends on.
         away: the same of spare pages.
         passes: all that were asked for.
+        wiped: how often all was lost.
     """
 
     def __init__(self, inner: Backend, page_tokens: int, asks: Sequence[Ask]) -> None:
@@ -98,8 +105,26 @@ class Ledger:
         self.away: dict[tuple[int, int], tuple[int, ...]] = {}
         self.passes: list[Pass] = []
         self._last: Pass | None = None
+        self.wiped = 0
 
-    async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
+    async def run(self, work: Pass, steps: int, news: asyncio.Event, asked: int | None = None) -> PassResult:
+        if asked is None:
+            asked = self.wiped
+        if asked == self.wiped:
+            self._read_and_write(work)
+        result = await self._inner.run(work, steps, news)
+        if asked != self.wiped:
+            return replace(result, tokens={row: (GARBAGE,) * len(given) for row, given in result.tokens.items()})
+        for row in (*work.prefill, *work.decode):
+            for position in range(row.start, row.start + len(row.tokens)):
+                found = self.held[self._place(row.table, position)]
+                assert found == self._text(row.id, position), "a pass under way has lost its pages"
+        if not work.prefill:
+            for row in work.decode:
+                self._write(row, result.steps)
+        return result
+
+    def _read_and_write(self, work: Pass) -> None:
         self.passes.append(work)
         if work != self._last:
             self._swap(work)
@@ -114,11 +139,6 @@ class Ledger:
             self._write(row, len(row.tokens))
             if work.slots is not None:
                 assert work.slots[0] <= row.table[0] < work.slots[1], "a row lies outside the range"
-        result = await self._inner.run(work, steps, news)
-        if not work.prefill:
-            for row in work.decode:
-                self._write(row, result.steps)
-        return result
 
     def _swap(self, work: Pass) -> None:
         for page, away, positions in work.swap_out:
@@ -143,6 +163,7 @@ class Ledger:
     def wipe(self) -> None:
         self.held.clear()
         self.away.clear()
+        self.wiped += 1
         self._inner.wipe()
 
     def forget(self, ids: Iterable[int]) -> None:
@@ -172,13 +193,13 @@ def play(
     """Run `asks` to the end on virtual time."""
 
     async def main(clock: VirtualClock) -> World:
-        scheduler, recorder, log = Scheduler(settings), Recorder("simulated"), EventLog()
+        recorder, log = Recorder("simulated"), EventLog()
         lengths = {i: ask.length for i, ask in enumerate(asks)}
         prompts = {i: ask.prompt for i, ask in enumerate(asks)}
         ledger = Ledger(SimulatedBackend(cost or RoundCost(), clock, lengths, prompts), settings.page_tokens, asks)
         injector = FaultInjector(faults, clock)
         backend: Backend = FaultyBackend(ledger, injector) if faults else ledger
-        engine = Engine(scheduler, backend, clock, recorder, step_timeout_s=step_timeout_s, log=log)
+        engine = engine_of(settings, backend, clock, recorder, step_timeout_s=step_timeout_s, log=log)
         running = asyncio.ensure_future(engine.run())
         handles = {}
 
@@ -198,7 +219,9 @@ def play(
         engine.close()
         await clock.wait(running, "the test waits for the engine")
         answers = {i: await handle.answer() for i, handle in handles.items()}
-        return World(answers, recorder.trace(), log, scheduler, engine.failures, injector.injected, ledger.passes)
+        assert not any(GARBAGE in answer.tokens for answer in answers.values()), "garbage was handed out"
+        trace, scheduler = recorder.trace(), engine.scheduler
+        return World(answers, trace, log, scheduler, engine.failures, injector.injected, ledger.passes)
 
     return simulate_async(main)
 

@@ -254,6 +254,13 @@ def chosen_plan(options: Options) -> Plan[Any, Any]:
             field="choices.instances",
             right="the server runs one; plan with `instances: 1`",
         )
+    if chosen.choices.prefill == "lanes":
+        raise UserError(
+            "the plan has two lanes",
+            file=options.plan,
+            field="choices.prefill",
+            right="the server runs one; plan with `prefill: mixed`",
+        )
     return chosen
 
 

@@ -49,7 +49,7 @@ def packed_multiply(
 
 class Decoder:
     def __init__(
-        self, hidden: int, heads: int, kv_heads: int, dim: int, ffn: int, vocab: int, epsilon: float
+        self, hidden: int, heads: int, kv_heads: int, dim: int, ffn: int, vocab: int, epsilon: float, crew: int
     ) -> None: ...
     def add_layer(
         self,

@@ -9,6 +9,7 @@ however many threads there are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,7 +60,21 @@ class FusedDecoder:
         self.threads = threads
         self.seconds: dict[str, float] = {}
         self._parts = parts  # native calls hold addresses into these
-        self._decoder = parts.decoder()
+        self._decoder = parts.decoder(crew=0)
+        self._own_threads: int | None = None
+
+    def beside(self, threads: int, *, crew: int) -> FusedDecoder:
+        """The same weights for passes of another caller's thread, which may run while this one's do.
+
+        Args:
+            threads: of its passes, the caller's own included.
+            crew: 0 or 1; passes of one crew take turns, and share their helping threads.
+        """
+        other = copy(self)
+        other.seconds = {}
+        other.threads = other._own_threads = threads
+        other._decoder = self._parts.decoder(crew=crew)
+        return other
 
     def new_cache(self, *, pages: int, page_tokens: int) -> Cache:
         """An empty cache of this model's type; in 4 bits its pages hold 64 tokens, whatever is asked for."""
@@ -118,13 +133,14 @@ class FusedDecoder:
     def _run_block(
         self, layout: _Layout, cache: Cache, level: str, logits: int, picks: int
     ) -> tuple[float, float, float]:
+        turns = self._parts.turns(int(layout.lengths.max()))  # kept until the pass is over
         return self._decoder.forward(
             level,
             self.path,
-            torch.get_num_threads(),
+            self._own_threads or torch.get_num_threads(),
             layout.tokens.ctypes.data,
             len(layout.tokens),
-            self._parts.turns(int(layout.lengths.max())).data_ptr(),
+            turns.data_ptr(),
             layout.lengths.ctypes.data,
             layout.tables.ctypes.data,
             layout.tables.shape[1],
@@ -214,15 +230,16 @@ class _Parts:
 
     def turns(self, positions: int) -> torch.Tensor:
         """What queries and keys are turned by, for at least so many positions: complex [positions, head_dim / 2]."""
-        if len(self._turns) < positions:
-            every = torch.arange(max(positions, 2 * len(self._turns), 512)).float()
-            self._turns = torch.polar(torch.tensor(1.0), every[:, None] * self._frequencies)
-        return self._turns
+        turns = self._turns  # which a pass beside this one may replace
+        if len(turns) < positions:
+            every = torch.arange(max(positions, 2 * len(turns), 512)).float()
+            turns = self._turns = torch.polar(torch.tensor(1.0), every[:, None] * self._frequencies)
+        return turns
 
-    def decoder(self) -> _native.Decoder:
+    def decoder(self, *, crew: int) -> _native.Decoder:
         spec = self.spec
         decoder = _native.Decoder(
-            spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn, spec.vocab, spec.norm_eps
+            spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn, spec.vocab, spec.norm_eps, crew
         )
         for (qkv, out, gate_up, down), vectors in self.layers:
             attention, mlp, bias, qk_norm = (0 if each is None else each.data_ptr() for each in vectors)

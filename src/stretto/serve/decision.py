@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Lane = Literal["prompts", "tokens"]
+"""Passes that run side by side: one of prompt chunks, one of decoding rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +34,7 @@ class Decision:
         idle_until: nothing to do before this time (seconds); infinity: until an event. None: there is work.
         swap_out: pages to copy to spare memory before anything else: (page, spare page, positions).
         swap_in: pages to copy back after that: (spare page, page, positions).
+        lane: where it is carried out, if there are lanes.
     """
 
     prefill: tuple[Chunk, ...] = ()
@@ -43,9 +47,10 @@ class Decision:
     idle_until: float | None = None
     swap_out: tuple[tuple[int, int, int], ...] = ()
     swap_in: tuple[tuple[int, int, int], ...] = ()
+    lane: Lane | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; swaps are left out where there are none."""
+        """As plain JSON values; swaps and lanes are left out where there are none."""
         swaps = {"swap_out": self.swap_out, "swap_in": self.swap_in}
         return {
             "prefill": [[c.id, c.start, c.count, int(c.last)] for c in self.prefill],
@@ -57,4 +62,5 @@ class Decision:
             "steps": self.steps,
             "idle_until": self.idle_until if self.idle_until != float("inf") else "event",
             **{name: [list(copy) for copy in copies] for name, copies in swaps.items() if copies},
+            **({"lane": self.lane} if self.lane else {}),
         }

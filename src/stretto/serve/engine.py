@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,15 @@ def page_hashes(tokens: Sequence[int], page_tokens: int) -> list[str]:
 
 HostSeconds = Callable[[int], float]
 """Modelled seconds of host work (scheduling, hand-out) in a step of so many rows; only virtual time asks."""
+
+
+@dataclass(slots=True)
+class Course:
+    """A decision on its way: how many steps it is to have, fewer than it said if it is cut short, and has had."""
+
+    decision: Decision
+    steps: int
+    done: int = 0
 
 
 class Engine:
@@ -165,8 +175,8 @@ class Engine:
             if work is None:
                 await self._sleep_until(decision.idle_until or 0.0)
                 self._tell({"type": "tick", "at": self.clock.now})
-            else:
-                await self._carry_out(work, decision.steps)
+            elif await self._carry_out(work, Course(decision, decision.steps)):
+                self._lost()
 
     # Events.
 
@@ -277,27 +287,29 @@ class Engine:
             mask=handle.mask,
         )
 
-    async def _carry_out(self, work: Pass, steps: int) -> None:
-        """Take up to `steps` steps, ending early when a request finishes or something arrives; tell the scheduler."""
-        done, failed = 0, False
+    async def _carry_out(self, work: Pass, course: Course) -> bool:
+        """Take its steps, ending early when a request finishes or something arrives; tell the scheduler. Whether the
+        backend failed.
+        """
+        failed = False
         finished: list[int] = []
-        while done < steps and not finished and (done == 0 or not self._inbox):
-            if done:
+        while course.done < course.steps and not finished and (course.done == 0 or not self._inbox):
+            if course.done:
                 rows = tuple(self._decode_row(row.id) for row in work.decode)
                 work = Pass(step=self.steps, prefill=(), decode=rows, slots=work.slots)
-            result = await self._ask(work, steps - done)
+            result = await self._ask(work, course.steps - course.done)
             if result is None:
                 failed = True
                 break
-            done += result.steps
+            course.done += result.steps
             with self.clock.spend("host", 0.0):
                 finished = self._hand_out(work, result)
-        if done < steps:
+        if course.done < course.decision.steps:
             self._cut_tables(work)
-        if done:
-            self._tell({"type": "ran", "at": self.clock.now, "steps": done, "finished": finished})
-        if failed:
-            self._lost()
+        if course.done:
+            lane = {"lane": course.decision.lane} if course.decision.lane else {}
+            self._tell({"type": "ran", "at": self.clock.now, "steps": course.done, "finished": finished, **lane})
+        return failed
 
     def _cut_tables(self, work: Pass) -> None:
         """Forget pages that were given out for steps which were not carried out; the scheduler takes them back."""
@@ -320,15 +332,18 @@ class Engine:
             return None
 
     def _hand_out(self, work: Pass, result: PassResult) -> list[int]:
+        lane = self._lane_of(work)
         for start, finish in result.spans_s:
-            self.recorder.span(self._lane, start, finish, Key(work.phase, step=self.steps))
+            self.recorder.span(lane, start, finish, Key(work.phase, step=self.steps))
             self.steps += 1
-        self.recorder.counter(f"running on {self._lane}", result.spans_s[0][0], len(work.prefill) + len(work.decode))
+        self.recorder.counter(f"running on {lane}", result.spans_s[0][0], len(work.prefill) + len(work.decode))
         finished = []
         if result.tokens:
             self._failures_in_a_row = 0
         for request, tokens in result.tokens.items():
-            handle = self._live[request]
+            handle = self._live.get(request)
+            if handle is None:
+                continue  # it was ended while another lane's pass went on
             logprobs = result.logprobs.get(request, (None,) * len(tokens))
             for k, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
                 if handle.take(token, result.spans_s[k][1], logprob):
@@ -337,6 +352,10 @@ class Engine:
         for request in finished:
             self._retire(self._live[request], None)
         return finished
+
+    def _lane_of(self, work: Pass) -> str:
+        """The lane in the trace that a pass belongs to."""
+        return self._lane
 
     def _retire(self, handle: Handle, reason: str | None) -> None:
         request = handle.request.id

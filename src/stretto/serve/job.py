@@ -62,6 +62,8 @@ class ServeJob:
         joining: "auto" weighs all joining policies, else the name of the one to use.
         layout: "auto" weighs all layouts of the KV cache, else the one to use.
         reorder: when holes are closed in layout "slots": "eager", "threshold" or "never".
+        prefill: "mixed" puts prompts into the steps of decoding rows, "lanes" beside them, each on cores of its own;
+            "auto" weighs both.
         instances: how many copies of the model run side by side. Not weighed: what they cost each other is not
             measured beyond the bandwidth and the cores they share.
         limits: what a plan must keep to.
@@ -86,6 +88,7 @@ class ServeJob:
     joining: str = "auto"
     layout: Literal["auto", "pages", "slots"] = "auto"
     reorder: Reorder = "eager"
+    prefill: Literal["auto", "mixed", "lanes"] = "mixed"
     instances: int = 1
     limits: Limits = field(default_factory=Limits)
 

@@ -34,7 +34,7 @@ class ServePlan:
             positions in 4 bits.
         path: how passes are computed: "torch" operation by operation; or by the fused decoder on weights that stay
             packed, with activations "exact" (24 bits), "bf16" (12 bits) or "fast" (8 bits).
-        threads: CPU threads of the passes.
+        threads: CPU threads of the passes; with two lanes, of those of each.
         slots: most requests that run at once.
         joining: who joins the running batch, and when; the name of a policy in `serve.joining`.
         page_tokens: length of a KV page; as long as the longest request, it makes each slot one contiguous page.
@@ -43,6 +43,8 @@ class ServePlan:
             contiguous range of slots, each of which holds one whole request.
         reorder: when holes in the range are closed, with "slots": "eager", "threshold" or "never".
         prefix_cache: whether requests share the pages of texts that begin alike, with "pages".
+        prefill: "mixed" puts prompts into the passes of decoding rows; "lanes" gives them passes that run beside those,
+            on as many cores of their own, so that no prompt makes others wait.
         instances: copies of the model that run side by side, each in a process of its own with these slots and
             threads; requests go to the one with the fewest.
     """
@@ -58,6 +60,7 @@ class ServePlan:
     layout: Literal["pages", "slots"] = "pages"
     reorder: Reorder = "eager"
     prefix_cache: bool = False
+    prefill: Literal["mixed", "lanes"] = "mixed"
     instances: int = 1
 
     def __post_init__(self) -> None:
@@ -72,14 +75,21 @@ class ServePlan:
         """Pages of an instance's pool: each slot can hold a request of `longest` tokens."""
         return self.slots * -(-longest // self.page_tokens)
 
+    @property
+    def cores(self) -> int:
+        """CPU cores that compute at the same time."""
+        return self.threads * self.instances * (2 if self.prefill == "lanes" else 1)
+
     def __str__(self) -> str:
         how = self.dtype if self.path == "torch" else f"fused {self.path} with {self.dtype} KV"
         copies = f"{self.instances} instances of " if self.instances > 1 else ""
         layout = f", fused slots ({self.reorder} reordering)" if self.layout == "slots" else ""
         layout += ", shared prefixes" if self.prefix_cache else ""
+        each = " in each of two lanes" if self.prefill == "lanes" else ""
         return (
             f"{copies}{self.slots} slots, {self.joining} joining{layout}, {how} on {self.threads} "
-            f"thread{'s' if self.threads > 1 else ''} of {self.device}, {self.prefill_tokens} prompt tokens a pass"
+            f"thread{'s' if self.threads > 1 else ''}{each} of {self.device}, "
+            f"{self.prefill_tokens} prompt tokens a pass"
         )
 
 
@@ -101,7 +111,8 @@ def candidates(job: ServeJob, work: Workload, cluster: Cluster) -> Iterator[Serv
                             reorder=job.reorder,
                             instances=job.instances,
                         )
-                        yield from _laid_out(job, plan)
+                        for laid_out in _laid_out(job, plan):
+                            yield from _with_prompts(job, laid_out)
 
 
 def _laid_out(job: ServeJob, plan: ServePlan) -> Iterator[ServePlan]:
@@ -118,6 +129,12 @@ def _laid_out(job: ServeJob, plan: ServePlan) -> Iterator[ServePlan]:
             page_tokens=_page_tokens(plan) if small else plan.page_tokens,
             prefix_cache=small,
         )
+
+
+def _with_prompts(job: ServeJob, plan: ServePlan) -> Iterator[ServePlan]:
+    """`plan` with each way of computing prompts."""
+    for prefill in ("mixed", "lanes") if job.prefill == "auto" else (job.prefill,):
+        yield replace(plan, prefill=prefill)
 
 
 def _page_tokens(plan: ServePlan) -> int:
@@ -188,17 +205,38 @@ def check(job: ServeJob, plan: ServePlan, work: Workload, cluster: Cluster) -> R
             reason=f"a slot holds a whole request, here up to {work.longest} tokens, not {plan.page_tokens}",
             nearest=f"page_tokens: {work.longest}",
         )
-    if job.limits.threads is not None and plan.threads * plan.instances > job.limits.threads:
+    if job.limits.threads is not None and plan.cores > job.limits.threads:
         return Refusal(
-            reason=f"{plan.threads * plan.instances} threads, limits.threads is {job.limits.threads}",
+            reason=f"{plan.cores} threads, limits.threads is {job.limits.threads}",
             nearest=f"threads: {job.limits.threads}",
         )
+    if plan.prefill == "lanes" and (refusal := _check_lanes(plan, device)) is not None:
+        return refusal
     if plan.dtype == "int4":
         return _check_int4(plan, work) or _check_memory(job, plan, work, device)
     if plan.dtype not in device.peak_flops:
         able = " or ".join(dtype for dtype in DTYPES if dtype in device.peak_flops)
         return Refusal(reason=f"{device.name} has no {plan.dtype} arithmetic", nearest=f"dtype: {able}")
     return _check_memory(job, plan, work, device)
+
+
+def _check_lanes(plan: ServePlan, device: Device) -> Refusal | None:
+    if plan.path == "torch":
+        reason = "two lanes compute by the fused decoder, of which each has one, and torch has one pool of threads"
+        return Refusal(reason=reason, nearest="prefill: mixed")
+    if plan.layout == "slots":
+        reason = "steps of layout slots work on a range in which both lanes' rows would lie"
+        return Refusal(reason=reason, nearest="layout: pages")
+    if plan.dtype == "int4":
+        return Refusal(reason="open pages of a cache in 4 bits belong to one lane", nearest="dtype: bf16")
+    if plan.instances > 1:
+        return Refusal(reason="instances have no lanes", nearest="instances: 1")
+    if plan.cores > device.units:
+        return Refusal(
+            reason=f"two lanes of {plan.threads} threads on {device.units} cores",
+            nearest=f"threads: {device.units // 2}" if device.units > 1 else "prefill: mixed",
+        )
+    return None
 
 
 def _check_int4(plan: ServePlan, work: Workload) -> Refusal | None:

@@ -31,9 +31,10 @@ from stretto.models.spec import ModelSpec
 from stretto.serve.engine import Engine
 from stretto.serve.instances import Instances
 from stretto.serve.job import ServeJob
+from stretto.serve.lane_engine import engine_of
 from stretto.serve.plan import ServePlan, memory_bytes
 from stretto.serve.request import Answer, Request
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import SchedulerConfig
 from stretto.serve.simulated import END, SharedPass, SimulatedBackend
 from stretto.serve.workload import Workload
 
@@ -175,6 +176,7 @@ def scheduler_config(plan: ServePlan, work: Workload) -> SchedulerConfig:
         layout=plan.layout,
         reorder=plan.reorder,
         prefix_cache=plan.prefix_cache,
+        prefill=plan.prefill,
     )
 
 
@@ -187,9 +189,10 @@ def play(plan: ServePlan, work: Workload, device: Device, lengths: Sequence[int]
         recorder = Recorder("simulated")
         clock.on_spend = lambda what, start, finish: recorder.span("host", start, finish, Key(what))
         numbers = range(len(lengths))
-        shared = _shared_by_instances(plan, device, costs, clock) if plan.instances > 1 else None
+        alone = plan.instances == 1 and plan.prefill == "mixed"
+        shared = None if alone else _shared_device(plan, device, costs, clock)
 
-        def engine_of(lane: str) -> Engine:
+        def engine(lane: str) -> Engine:
             backend = SimulatedBackend(
                 costs,
                 clock,
@@ -199,18 +202,18 @@ def play(plan: ServePlan, work: Workload, device: Device, lengths: Sequence[int]
                 on_host=lambda start, finish: recorder.span("host", start, finish, Key("host")),
                 shared=shared,
             )
-            scheduler = Scheduler(scheduler_config(plan, work))
-            return Engine(scheduler, backend, clock, recorder, host_seconds=costs.host_s, lane=lane)
+            settings = scheduler_config(plan, work)
+            return engine_of(settings, backend, clock, recorder, host_seconds=costs.host_s, lane=lane)
 
-        engine = Instances([engine_of(lane) for lane in lanes(plan)])
-        running = asyncio.ensure_future(engine.run())
+        engines = Instances([engine(lane) for lane in lanes(plan)])
+        running = asyncio.ensure_future(engines.run())
         handles = []
         for i in numbers:
             if work.arrivals_s[i] > clock.now:
                 await clock.sleep(work.arrivals_s[i] - clock.now)
             request = Request(id=i, prompt=work.prompts[i], limit=work.limit, stop_tokens=frozenset({END}))
-            handles.append(engine.submit(request))
-        engine.close()
+            handles.append(engines.submit(request))
+        engines.close()
         await clock.wait(running, "the simulation waits for its engine")
         recorder.memory(plan.device, 0.0, memory_bytes(plan, work))
         answers = tuple([await handle.answer() for handle in handles])
@@ -226,7 +229,7 @@ def between_steps(plan: ServePlan, device: Device) -> float:
     It costs nothing where a core is left over. Else it takes a core from a pass: threads that help each other out lose
     their share of it, torch's wait for the slowest.
     """
-    if plan.instances > 1 or device.kind != "cpu":
+    if plan.instances > 1 or plan.prefill == "lanes" or device.kind != "cpu":
         return 1.0  # their workers do not go ahead
     if plan.threads < device.units:
         return 0.0
@@ -238,8 +241,8 @@ def lanes(plan: ServePlan) -> list[str]:
     return ["device"] if plan.instances == 1 else [f"instance {i}" for i in range(plan.instances)]
 
 
-def _shared_by_instances(plan: ServePlan, device: Device, costs: PassCosts, clock: VirtualClock) -> SharedPass:
-    """How passes of several instances slow each other down: by the cores or FLOPs and by the bandwidth they share.
+def _shared_device(plan: ServePlan, device: Device, costs: PassCosts, clock: VirtualClock) -> SharedPass:
+    """How passes of instances or lanes slow each other down: by the cores or FLOPs and by the bandwidth they share.
 
     A pass that runs alone takes the seconds of `costs`; the device's bandwidth and cores are shared in equal parts.
     """
@@ -253,7 +256,7 @@ def _shared_by_instances(plan: ServePlan, device: Device, costs: PassCosts, cloc
         flops, moved = costs.demand(chunks, contexts)
         use = {"bandwidth": min(moved, seconds * device.bandwidth)}
         use |= {"cores": seconds * plan.threads} if device.kind == "cpu" else {"flops": flops}
-        await machine.execute(1.0, use, 1.0 / seconds, label="an instance")
+        await machine.execute(1.0, use, 1.0 / seconds, label="a pass")
 
     return execute
 

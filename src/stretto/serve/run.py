@@ -19,15 +19,16 @@ from stretto.models.calibrate import TOLERANCE, is_calibrated, pace, warm_up
 from stretto.models.load import Model, load_model
 from stretto.models.passes import PassShape
 from stretto.serve.backend import Backend
-from stretto.serve.engine import Engine, Handle
+from stretto.serve.engine import Handle
 from stretto.serve.instances import Instances
 from stretto.serve.job import ServeJob
+from stretto.serve.lane_engine import engine_of
 from stretto.serve.local import LocalBackend
+from stretto.serve.local_lanes import LaneBackend
 from stretto.serve.plan import ServePlan, memory_bytes
 from stretto.serve.predict import lanes, play, scheduler_config
 from stretto.serve.remote import RemoteBackend
 from stretto.serve.request import Answer, Request
-from stretto.serve.scheduler import Scheduler
 from stretto.serve.text import AnswerText
 from stretto.serve.workload import Workload
 
@@ -60,8 +61,15 @@ async def _serve(model: Model, job: ServeJob, plan: ServePlan, work: Workload, c
 async def _backends(
     model: Model, job: ServeJob, plan: ServePlan, work: Workload, clock: RealClock, stack: AsyncExitStack
 ) -> list[Backend]:
-    """One backend an instance: this process's model, or a worker process each, which `stack` closes."""
+    """One backend an instance: this process's model, in one lane or two, or a worker process each, which `stack`
+    closes.
+    """
     pages = plan.pages(work.longest)
+    if plan.prefill == "lanes":
+        size = {"pages": pages, "page_tokens": plan.page_tokens, "threads": plan.threads}
+        backend = LaneBackend(model, clock=clock, **size)
+        stack.callback(backend.close)
+        return [backend]
     if plan.instances == 1:
         return [LocalBackend(model, pages=pages, page_tokens=plan.page_tokens, clock=clock)]
     starting = [
@@ -100,7 +108,7 @@ async def _serve_on(
     logs = [EventLog(header=dataclasses.asdict(settings)) for _ in range(plan.instances)]
     clock.on_spend = lambda what, start, finish: recorder.span("host", start, finish, Key(what))
     engines = [
-        Engine(Scheduler(settings), backend, clock, recorder, log=log, lane=lane)
+        engine_of(settings, backend, clock, recorder, log=log, lane=lane)
         for backend, log, lane in zip(backends, logs, lanes(plan), strict=True)
     ]
     engine = Instances(engines)

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from stretto.core.errors import require
 from stretto.serve.blocks import BlockPool
 from stretto.serve.decision import Chunk, Decision
 from stretto.serve.horizon import Need, page_needs, within
@@ -46,7 +47,8 @@ class SchedulerConfig:
         spare_pages: how many pages that memory holds.
         prefill: "mixed" puts prompt chunks and decoding rows into one step; "whole" gives prompts steps of their own,
             before any decoding, and never cuts one (vLLM's policy before chunking; a prompt longer than
-            `prefill_tokens` has a step to itself).
+            `prefill_tokens` has a step to itself); "lanes" puts them into passes that run beside those of the decoding
+            rows (`lanes.LaneScheduler`).
         horizon: how long a decision of decoding rows alone holds: to the next "page" boundary of any of them, or until
             the free pages run out ("shortage"). The pages of all those steps are then given out with the decision and
             taken back if it ends early, so that steps are the same one by one.
@@ -63,7 +65,7 @@ class SchedulerConfig:
     prefix_cache: bool = False
     preemption: Literal["recompute", "swap"] = "recompute"
     spare_pages: int = 0
-    prefill: Literal["mixed", "whole"] = "mixed"
+    prefill: Literal["mixed", "whole", "lanes"] = "mixed"
     horizon: Literal["page", "shortage"] = "page"
 
     @property
@@ -75,7 +77,7 @@ class SchedulerConfig:
 
 
 @dataclass(slots=True)
-class _Request:
+class LiveRequest:
     """One live request. `computed` positions have their KV, in its pages or in spare ones; `produced` tokens are out;
     its text is `prompt + produced` long; `prefix` has a hash for each full page of its prompt; `seen` is what joining
     policies see of it.
@@ -105,7 +107,7 @@ class _Request:
         return self.produced > 0 and self.computed == self.length - 1
 
 
-def by_urgency(requests: Sequence[_Request]) -> list[_Request]:
+def by_urgency(requests: Sequence[LiveRequest]) -> list[LiveRequest]:
     """The urgent ones first, equals in the order given."""
     return sorted(requests, key=attrgetter("priority"))
 
@@ -120,16 +122,19 @@ class Scheduler:
     more will arrive), {"type": "tick", "at"} (time, where the policy asked to be woken).
     """
 
+    prefills: ClassVar[tuple[str, ...]] = ("mixed", "whole")
+
     config: SchedulerConfig
     now_s: float = 0.0
     closed: bool = False
-    waiting: list[_Request] = field(default_factory=list)
-    running: list[_Request] = field(default_factory=list)
+    waiting: list[LiveRequest] = field(default_factory=list)
+    running: list[LiveRequest] = field(default_factory=list)
     preemptions: int = 0
     swaps: int = 0
 
     def __post_init__(self) -> None:
         c = self.config
+        require(c.prefill in self.prefills, "prefill", c.prefill, f"one of {', '.join(self.prefills)}")
         self.pool = (
             SlotPool(slots=c.pages, slot_tokens=c.page_tokens, reorder=c.reorder)
             if c.layout == "slots"
@@ -153,7 +158,7 @@ class Scheduler:
 
     def _on_arrive(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
-        request = _Request(
+        request = LiveRequest(
             event["id"],
             event["at"],
             event["prompt"],
@@ -166,10 +171,13 @@ class Scheduler:
 
     def _on_ran(self, event: dict[str, Any]) -> None:
         self.now_s = max(self.now_s, event["at"])
-        steps, finished = event["steps"], set(event["finished"])
-        self._hand_back(steps)
-        chunks = {chunk.id: chunk for chunk in self._last.prefill}
-        decoded = set(self._last.decode)
+        self._hand_back(event["steps"])
+        self._credit(self._last, event["steps"], set(event["finished"]))
+
+    def _credit(self, decision: Decision, steps: int, finished: set[int]) -> None:
+        """What so many steps of a decision computed is there now; who is done leaves."""
+        chunks = {chunk.id: chunk for chunk in decision.prefill}
+        decoded = set(decision.decode)
         for request in self.running:
             if request.id in decoded:
                 request.computed += steps
@@ -181,7 +189,7 @@ class Scheduler:
                 request.produced += chunk.last
         self._drop({r.id for r in self.running if r.produced >= r.limit or r.id in finished})
 
-    def _note_filled(self, request: _Request, start: int, end: int) -> None:
+    def _note_filled(self, request: LiveRequest, start: int, end: int) -> None:
         """Pages of the prompt that positions start .. end-1 made full can be shared from now on."""
         page = self.config.page_tokens
         for index in range(start // page, min(end // page, len(request.prefix))):
@@ -260,11 +268,11 @@ class Scheduler:
             )
         return self._last
 
-    def _decoders(self) -> list[_Request]:
+    def _decoders(self) -> list[LiveRequest]:
         return [r for r in self.running if r.computed == r.prompt + r.produced - 1 and r.produced]
 
     def _grow(
-        self, decoders: Sequence[_Request], grown: dict[int, tuple[int, ...]]
+        self, decoders: Sequence[LiveRequest], grown: dict[int, tuple[int, ...]]
     ) -> tuple[tuple[int, ...], list[Copy]]:
         """Give each decoding request the page for its next position, taking from the least urgent when none is free."""
         preempted: list[int] = []
@@ -274,7 +282,9 @@ class Scheduler:
             if request.id in preempted:
                 continue
             while not self.pool.can_allocate(request.id, request.length):
-                victim = max(reversed(self.running), key=lambda r: r.priority)
+                victim = self._victim(request)
+                if victim is None:
+                    break
                 preempted.append(victim.id)
                 grown.pop(victim.id, None)
                 copies += self._preempt(victim)
@@ -284,7 +294,11 @@ class Scheduler:
                 self._allocate(request, request.length, grown)
         return tuple(preempted), copies
 
-    def _preempt(self, victim: _Request) -> list[Copy]:
+    def _victim(self, request: LiveRequest) -> LiveRequest | None:
+        """Who gives its pages to `request`, perhaps itself; None if that is to wait."""
+        return max(reversed(self.running), key=lambda r: r.priority)
+
+    def _preempt(self, victim: LiveRequest) -> list[Copy]:
         """Put a request back; the pages to copy, if its own find room in spare memory."""
         self.preemptions += 1
         copies: list[Copy] = []
@@ -314,12 +328,12 @@ class Scheduler:
                 self.spare.release(request.id)
         return copies
 
-    def _copies(self, sources: Sequence[int], targets: Sequence[int], request: _Request) -> list[Copy]:
+    def _copies(self, sources: Sequence[int], targets: Sequence[int], request: LiveRequest) -> list[Copy]:
         page = self.config.page_tokens
         left = range(request.computed, 0, -page)
         return [(source, target, min(page, n)) for source, target, n in zip(sources, targets, left, strict=False)]
 
-    def _admit(self, beginning: Sequence[_Request]) -> None:
+    def _admit(self, beginning: Sequence[LiveRequest]) -> None:
         """Let in whom the policy chooses, while there are pages for them beside those that the beginners still need."""
         if not self.waiting or len(self.running) >= self.config.slots:
             return
@@ -366,16 +380,16 @@ class Scheduler:
             budget = max(0, budget - count)
         return tuple(chunks)
 
-    def _sees_coming(self, request: _Request, coming: set[str]) -> bool:
+    def _sees_coming(self, request: LiveRequest, coming: set[str]) -> bool:
         """Whether the first page that a newcomer lacks is being computed by one ahead of it, for which it waits."""
         lacking = (content for content in self._sharable(request) if not self.pool.knows(content))
         return next(lacking, None) in coming
 
-    def _sharable(self, request: _Request) -> tuple[str, ...]:
+    def _sharable(self, request: LiveRequest) -> tuple[str, ...]:
         """The pages that it may take over: its last token is always its own, since something must be computed."""
         return request.prefix[: (request.length - 1) // self.config.page_tokens]
 
-    def _share(self, request: _Request, grown: dict[int, tuple[int, ...]]) -> bool:
+    def _share(self, request: LiveRequest, grown: dict[int, tuple[int, ...]]) -> bool:
         """Let a newcomer start behind what others have computed of the same text; whether there is any of it."""
         found = self.pool.adopt(request.id, self._sharable(request))
         if found:
@@ -395,12 +409,12 @@ class Scheduler:
             moves.append((request, source, target, computed[request]))
         return tuple(moves), self.pool.range
 
-    def _allocate(self, request: _Request, tokens: int, grown: dict[int, tuple[int, ...]]) -> None:
+    def _allocate(self, request: LiveRequest, tokens: int, grown: dict[int, tuple[int, ...]]) -> None:
         new = self.pool.allocate(request.id, tokens)
         if new:
             grown[request.id] = grown.get(request.id, ()) + new
 
-    def _valid_steps(self, decoders: Sequence[_Request], grown: dict[int, tuple[int, ...]], *, far: bool) -> int:
+    def _valid_steps(self, decoders: Sequence[LiveRequest], grown: dict[int, tuple[int, ...]], *, far: bool) -> int:
         """Steps until a request that decodes reaches its limit or needs a page that is not there; others wait for pages
         meanwhile, and so do newcomers, since pages only become fewer. `far` is false where nobody was let in for now.
         """

@@ -21,9 +21,10 @@ from stretto.core.record import Recorder
 from stretto.serve.backend import Pass, PassResult
 from stretto.serve.deploy.drawn import load_of
 from stretto.serve.deploy.job import LoadSpec
-from stretto.serve.engine import Engine
+from stretto.serve.lane_engine import engine_of
+from stretto.serve.lanes import scheduler_of
 from stretto.serve.request import Request
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import SchedulerConfig
 
 from .worlds import config
 
@@ -59,7 +60,7 @@ def on_the_real_clock(requests: int, settings: SchedulerConfig) -> EventLog:
 
     async def main() -> EventLog:
         clock, log = RealClock(), EventLog()
-        engine = Engine(Scheduler(settings), Instant(clock), clock, Recorder("measured"), log=log)
+        engine = engine_of(settings, Instant(clock), clock, Recorder("measured"), log=log)
         task = asyncio.ensure_future(engine.run())
         for i in range(requests):
             while engine.live >= 40:
@@ -76,21 +77,22 @@ def on_the_real_clock(requests: int, settings: SchedulerConfig) -> EventLog:
 def compare(requests: int, **changes: Any) -> int:
     settings = config(slots=16, pages=400, page_tokens=4, prefill_tokens=256, **changes)
     log = on_the_real_clock(requests, settings)
-    again = replay(log, Scheduler(settings))
+    again = replay(log, scheduler_of(settings))
     assert again.equal, again.different[:1]
     assert any(entry.decision["preempted"] for entry in log)
     return len(log)
 
 
-@pytest.mark.parametrize("prefill", ["whole", "mixed"])
+@pytest.mark.parametrize("prefill", ["whole", "mixed", "lanes"])
 @pytest.mark.parametrize("horizon", ["page", "shortage"])
 def test_two_thousand_decisions_are_equal_on_both_clocks(prefill: str, horizon: str) -> None:
     assert compare(1200, prefill=prefill, horizon=horizon) >= 2000
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_decisions_are_equal_on_both_clocks() -> None:
-    assert compare(45_000, prefill="mixed", horizon="page") >= 100_000
+@pytest.mark.parametrize("prefill", ["mixed", "lanes"])
+def test_a_hundred_thousand_decisions_are_equal_on_both_clocks(prefill: str) -> None:
+    assert compare(45_000, prefill=prefill, horizon="page") >= 100_000
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared prefixes"])

@@ -25,8 +25,9 @@ from stretto.serve.deploy.memory import device_bytes
 from stretto.serve.deploy.plan import DeploymentPlan
 from stretto.serve.deploy.planned import planned_spec
 from stretto.serve.deploy.report import described, metrics, outside, require_price, spread
-from stretto.serve.deploy.simulate import Served, serve
+from stretto.serve.deploy.simulate import Served
 from stretto.serve.deploy.tree import machine_of
+from stretto.serve.deploy.two_lanes import play
 
 
 class AbroadDomain:
@@ -45,7 +46,7 @@ class AbroadDomain:
         load, costs = load_of(job.load), choices.costs_of(job, plan, cluster)
         config = choices.scheduler_config(job, plan, cluster)
         recorder = Recorder("simulated")
-        served = serve(load, costs, config, recorder=recorder)
+        served = play(load, costs, config, recorder=recorder)
         used = round(served.most_pages * config.pages) * config.page_tokens * plan.stages
         memory = device_bytes(costs.spec, plan.layout, plan.weights, plan.kv, costs.engine, used)
         recorder.memory("a device", 0.0, memory)

@@ -24,6 +24,8 @@ def commands(engine: str, job: DeploymentJob, plan: DeploymentPlan) -> list[str]
     """
     if engine not in ENGINES:
         raise UserError(f"there are no flags for {engine!r}", field="emit", right=f"one of {', '.join(ENGINES)}")
+    if plan.policy == "lanes":
+        raise _refuse(engine, "two lanes on one device", "policy: chunked")
     return ENGINES[engine](job, plan)
 
 

@@ -97,7 +97,7 @@ class DeploymentJob:
         engine: whose constants and defaults hold, by name and version; "stretto" is the product's own, measured on this
             machine. None takes that here and vllm-0.6 elsewhere.
         policy: "auto" weighs the engine's own and chunked prefill; "whole" prompts first in steps of their own,
-            "chunked" prompts beside decoding rows, or "static" batches.
+            "chunked" prompts beside decoding rows, "static" batches, or two "lanes" with a few shares of the devices.
         preemption: what becomes of the pages of a request that is put back.
         prefix_cache: whether requests share the pages of texts that begin alike; None weighs both where the load says
             what its requests share.
@@ -115,7 +115,7 @@ class DeploymentJob:
     objective: Literal["throughput", "latency", "energy", "cost", "slo"] = "throughput"
     slo: Slo = field(default_factory=Slo)
     engine: str | None = None
-    policy: Literal["auto", "whole", "chunked", "static"] = "auto"
+    policy: Literal["auto", "whole", "chunked", "static", "lanes"] = "auto"
     preemption: Literal["recompute", "swap"] = "recompute"
     prefix_cache: bool | None = None
     slots: int | None = None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from stretto.core.errors import UserError, require
 from stretto.core.plan import Refusal
@@ -21,12 +21,15 @@ from stretto.serve.deploy.layouts import attention_fits, layouts
 from stretto.serve.deploy.load import Load
 from stretto.serve.deploy.memory import device_bytes, pool_pages
 from stretto.serve.deploy.planned import planned_spec
+from stretto.serve.deploy.sharing import SharedCosts
 from stretto.serve.deploy.tree import Tree, machine_of
 from stretto.serve.scheduler import SchedulerConfig
 
-Policy = Literal["whole", "chunked", "static"]
+Policy = Literal["whole", "chunked", "static", "lanes"]
 CHUNK_TOKENS = 2048
 """Prompt tokens of a chunked step: beyond about this many a step computes rather than reads weights (Sarathi)."""
+DECODE_SHARES = (0.25, 0.5, 0.75)
+"""Shares of the arithmetic that are tried for the lane of decoding rows: it saturates early, a prompt never does."""
 MOST_SHARE = 0.97
 """Share of a device's memory that an engine can be told to take; the runtime keeps the rest."""
 
@@ -41,7 +44,9 @@ class DeploymentPlan:
         devices: devices of a stage, over which its cells are split.
         attention_replicas, mlp_replicas: data parallelism of the cells within a stage.
         mlp_split: MLPs are cut by columns ("tensor") or by whole experts ("expert").
-        policy: how prompts join.
+        policy: how prompts join: "whole" in steps of their own, "chunked" beside decoding rows, in "static" batches,
+            or in "lanes", passes that run beside those of the decoding rows on the same devices.
+        decode_share: of each device's multiprocessors, what the lane of decoding rows has, with "lanes".
         prefill_tokens: most prompt tokens of a step.
         slots: most sequences of a batch.
         memory_share: share of a device's memory that is used.
@@ -56,6 +61,7 @@ class DeploymentPlan:
     mlp_replicas: int = 1
     mlp_split: Split = "tensor"
     policy: Policy = "whole"
+    decode_share: float = 0.5
     prefill_tokens: int = 8192
     slots: int = 256
     memory_share: float = 0.9
@@ -68,6 +74,7 @@ class DeploymentPlan:
         require(1 <= self.prefill_tokens <= 2**24, "prefill_tokens", self.prefill_tokens, "in 1 .. 2**24")
         require(1 <= self.slots <= 65536, "slots", self.slots, "in 1 .. 65536")
         require(0 < self.memory_share <= 1, "memory_share", self.memory_share, "in (0, 1]")
+        require(0.05 <= self.decode_share <= 0.95, "decode_share", self.decode_share, "in 0.05 .. 0.95")
 
     @property
     def layout(self) -> Layout:
@@ -93,9 +100,13 @@ class DeploymentPlan:
         )
 
     def __str__(self) -> str:
-        chunk = f" of {self.prefill_tokens}" if self.policy == "chunked" else ""
+        how = f"{self.policy} prompts"
+        if self.policy == "chunked":
+            how += f" of {self.prefill_tokens}"
+        elif self.policy == "lanes":
+            how = f"two lanes, {self.decode_share:.0%} to decoding rows"
         cache = ", shared prefixes" if self.prefix_cache else ""
-        return f"{self.layout}, {self.policy} prompts{chunk}, {self.slots} sequences a batch{cache}"
+        return f"{self.layout}, {how}, {self.slots} sequences a batch{cache}"
 
 
 def candidates(job: DeploymentJob, cluster: Cluster) -> Iterator[DeploymentPlan]:
@@ -106,9 +117,12 @@ def candidates(job: DeploymentJob, cluster: Cluster) -> Iterator[DeploymentPlan]
     """
     spec, constants, load = planned_spec(job.model), constants_of(job), load_of(job.load)
     _, tree = machine_of(cluster, job.devices)
-    for layout, policy, cache in product(layouts(spec, tree), _policies(job, constants), caches(job, load)):
+    for layout, (policy, decode_share), cache in product(
+        layouts(spec, tree), _policies(job, constants), caches(job, load)
+    ):
         yield DeploymentPlan(
             policy=policy,
+            decode_share=decode_share,
             prefill_tokens=prefill_tokens(policy, constants, spec.max_positions),
             slots=job.slots or constants.slots,
             memory_share=job.memory_share or constants.memory_share,
@@ -132,13 +146,17 @@ def caches(job: DeploymentJob, load: Load) -> tuple[bool, ...]:
 
 def prefill_tokens(policy: Policy, constants: EngineConstants, max_positions: int) -> int:
     """Prompt tokens a step: of whole prompts, any that the model takes, within the engine's bound."""
-    return CHUNK_TOKENS if policy == "chunked" else min(constants.prefill_tokens, max(2048, max_positions))
+    return CHUNK_TOKENS if policy in ("chunked", "lanes") else min(constants.prefill_tokens, max(2048, max_positions))
 
 
-def _policies(job: DeploymentJob, constants: EngineConstants) -> tuple[Policy, ...]:
+def _policies(job: DeploymentJob, constants: EngineConstants) -> list[tuple[Policy, float]]:
+    """Policies, each with the share of decoding rows where there are lanes; engines as they come have none."""
+    even = 0.5
+    if job.policy == "lanes":
+        return [("lanes", share) for share in DECODE_SHARES]
     if job.policy != "auto":
-        return (job.policy,)
-    return ("whole", "chunked") if constants.policy == "whole" else ("chunked",)
+        return [(job.policy, even)]
+    return [("whole", even), ("chunked", even)] if constants.policy == "whole" else [("chunked", even)]
 
 
 def arithmetic_of(machine: Machine) -> str:
@@ -153,18 +171,27 @@ def arithmetic_of(machine: Machine) -> str:
     raise UserError(f"{machine.device.name} computes in neither bf16 nor fp16", right="devices that do")
 
 
+_PREFILL: Mapping[Policy, Literal["mixed", "whole", "lanes"]] = {
+    "chunked": "mixed",
+    "whole": "whole",
+    "static": "whole",
+    "lanes": "lanes",
+}
+
+
 @lru_cache(maxsize=512)
 def costs_of(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> StepCosts:
     """Seconds of the plan's steps."""
     machine, _ = machine_of(cluster, job.devices)
-    return StepCosts(
-        spec=planned_spec(job.model),
-        layout=plan.layout,
-        machine=machine,
-        types=Types(arithmetic=arithmetic_of(machine), weights=plan.weights, kv=plan.kv),
-        engine=constants_of(job),
-        most_rows=max(plan.prefill_tokens, 1024),
-    )
+    of: dict[str, Any] = {
+        "spec": planned_spec(job.model),
+        "layout": plan.layout,
+        "machine": machine,
+        "types": Types(arithmetic=arithmetic_of(machine), weights=plan.weights, kv=plan.kv),
+        "engine": constants_of(job),
+        "most_rows": max(plan.prefill_tokens, 1024),
+    }
+    return SharedCosts(decode_share=plan.decode_share, **of) if plan.policy == "lanes" else StepCosts(**of)
 
 
 def scheduler_config(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> SchedulerConfig:
@@ -180,7 +207,7 @@ def scheduler_config(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster)
         pages=max(1, pages),
         page_tokens=constants.page_tokens,
         prefill_tokens=plan.prefill_tokens,
-        prefill="mixed" if plan.policy == "chunked" else "whole",
+        prefill=_PREFILL[plan.policy],
         prefix_cache=plan.prefix_cache,
         preemption=job.preemption,
         spare_pages=max(1, pages) if job.preemption == "swap" else 0,
@@ -200,6 +227,7 @@ def check(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> Refusal
         )
     return (
         _check_layout(job, plan, tree)
+        or _check_lanes(job, plan)
         or lengths_refusal(job, load)
         or _check_links(plan, machine)
         or _check_memory(job, plan, machine, tree, load)
@@ -219,6 +247,23 @@ def _check_layout(job: DeploymentJob, plan: DeploymentPlan, tree: Tree) -> Refus
     if layout.mlp_split == "expert" and spec.experts < layout.mlp_ranks:
         reason = f"{spec.experts} experts on {layout.mlp_ranks} devices"
         return Refusal(reason=reason, nearest="mlp_split: tensor")
+    return None
+
+
+def _check_lanes(job: DeploymentJob, plan: DeploymentPlan) -> Refusal | None:
+    if plan.policy != "lanes":
+        return None
+    if plan.stages > 1:
+        reason = f"{plan.stages} stages keep their batches in step, which passes of two lengths cannot"
+        return Refusal(reason=f"two lanes in a pipeline: {reason}", nearest="stages: 1")
+    if plan.attention_replicas > 1:
+        reason = f"{plan.attention_replicas} attention replicas keep in step, which passes of two lengths cannot"
+        return Refusal(reason=f"two lanes in each of several replicas: {reason}", nearest="attention_replicas: 1")
+    if job.preemption == "swap":
+        return Refusal(
+            reason="two lanes copy no pages to spare memory: the other lane's pass could be writing there",
+            nearest="preemption: recompute",
+        )
     return None
 
 

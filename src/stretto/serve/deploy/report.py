@@ -22,6 +22,7 @@ from stretto.serve.deploy.costs import StepCosts
 from stretto.serve.deploy.job import Slo
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Floats, Load
+from stretto.serve.deploy.sharing import SharedCosts
 from stretto.serve.deploy.simulate import Served
 
 _AMPLIFIED = 10.0
@@ -103,6 +104,8 @@ def outside(costs: StepCosts, served: Served) -> str:
         found.append("a pipeline")
     if layout.attention_replicas > 1 or layout.mlp_replicas > 1 or layout.mlp_split == "expert":
         found.append("cells of unlike replicas")
+    if isinstance(costs, SharedCosts):
+        found.append("two lanes")
     if costs.spec.experts:
         found.append("experts")
     if costs.types.weights not in fitted.weights:

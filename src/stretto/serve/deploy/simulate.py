@@ -70,14 +70,14 @@ class Costs(Protocol):
         """A step of every group of a pipeline."""
 
 
-class _LaneState:
+class LaneState:
     """One scheduler, the requests that it is given, and its decision as long as that holds.
 
     `taken` of the decision's steps have been carried out and `left` are to come; `shape` is the next one.
     """
 
-    def __init__(self, config: SchedulerConfig, load: Load, mine: Ints) -> None:
-        self.scheduler = Scheduler(config)
+    def __init__(self, scheduler: Scheduler, load: Load, mine: Ints) -> None:
+        self.scheduler = scheduler
         self.load = load
         self.ids: list[int] = mine.tolist()
         self.arrivals: list[float] = load.arrival_s[mine].tolist()
@@ -114,7 +114,7 @@ class _LaneState:
 
 
 @dataclass
-class _Clock:
+class RunClock:
     """Instants and sums that the replicas of one run write to."""
 
     started_s: Floats
@@ -125,12 +125,20 @@ class _Clock:
     steps: int = 0
 
 
-def serve(load: Load, costs: Costs, config: SchedulerConfig, *, recorder: Recorder | None = None) -> Served:
+def serve(
+    load: Load,
+    costs: Costs,
+    config: SchedulerConfig,
+    *,
+    recorder: Recorder | None = None,
+    kind: type[Replica] | None = None,
+) -> Served:
     """Play `load` on all replicas.
 
     Args:
         config: of each lane's scheduler; its pages are those of one lane.
         recorder: where spans go: of each replica, one for each stretch of steps without a change.
+        kind: of replicas: `Replica` unless said otherwise.
 
     Raises:
         ValueError: if a request can never fit into a lane's pages.
@@ -144,12 +152,13 @@ def serve(load: Load, costs: Costs, config: SchedulerConfig, *, recorder: Record
             f"request {longest}: {positions} positions do not fit into {config.pages} pages of {config.page_tokens}"
         )
     blank = np.full(len(load), np.nan)
-    clock = _Clock(blank, blank.copy(), blank.copy(), np.zeros(len(load), np.int64))
-    lanes: list[_LaneState] = []
+    clock = RunClock(blank, blank.copy(), blank.copy(), np.zeros(len(load), np.int64))
+    kind = kind or Replica
+    lanes: list[LaneState] = []
     for number, mine in enumerate(load.dealt(layout.replicas)):
         inside = [mine[first :: layout.lanes] for first in range(layout.lanes)]
-        replica = [_LaneState(config, load, own) for own in inside]
-        _Replica(lane_name(number), replica, costs, load, clock, recorder).run()
+        replica = [LaneState(kind.scheduler(config), load, own) for own in inside]
+        kind(lane_name(number), replica, costs, load, clock, recorder).run()
         lanes += replica
     return Served(
         started_s=clock.started_s,
@@ -164,16 +173,16 @@ def serve(load: Load, costs: Costs, config: SchedulerConfig, *, recorder: Record
     )
 
 
-class _Replica:
+class Replica:
     """The lanes of one model replica in lock step."""
 
     def __init__(
         self,
         name: str,
-        lanes: Sequence[_LaneState],
+        lanes: Sequence[LaneState],
         costs: Costs,
         load: Load,
-        clock: _Clock,
+        clock: RunClock,
         recorder: Recorder | None,
     ) -> None:
         self.name = name
@@ -185,6 +194,11 @@ class _Replica:
         self.output: list[int] = load.output.tolist()
         self.length = list(self.prompt)
         self.left = list(self.output)
+
+    @staticmethod
+    def scheduler(config: SchedulerConfig) -> Scheduler:
+        """A lane's scheduler."""
+        return Scheduler(config)
 
     def run(self) -> None:
         now = 0.0
@@ -205,7 +219,7 @@ class _Replica:
                 return
             now = max(now, wake)
 
-    def _decide(self, lane: _LaneState, now: float) -> None:
+    def _decide(self, lane: LaneState, now: float) -> None:
         """Ask the lane's scheduler what to do from now on."""
         lane.scheduler.apply({"type": "tick", "at": now})
         decision = lane.scheduler.next_decision()
@@ -215,7 +229,7 @@ class _Replica:
             lane.taken, lane.left = 0, decision.steps
             lane.most_pages = max(lane.most_pages, lane.scheduler.pool.held)
 
-    def _step(self, working: Sequence[_LaneState], now: float, arrival: float) -> float:
+    def _step(self, working: Sequence[LaneState], now: float, arrival: float) -> float:
         """Take as many steps as all decisions hold for, or until something arrives; returns when the last one ended."""
         steps = min([lane.left for lane in working])
         first = last = self._cycle(0)
@@ -223,7 +237,7 @@ class _Replica:
             last = self._cycle(steps - 1)
         slope = (last.total - first.total) / (steps - 1) if steps > 1 else 0.0
         begin = now + self.costs.copy_s(sum(_copied(lane.decision) for lane in working if not lane.taken))
-        done = _steps_until(arrival - begin, first.total, slope, steps)
+        done = steps_until(arrival - begin, first.total, slope, steps)
         end = begin + done * first.total + slope * done * (done - 1) / 2
         self._add_up(first, last, done, steps, begin - now)
         if self.recorder is not None:
@@ -276,12 +290,17 @@ class _Replica:
                 self.clock.started_s[chunk.id] = now
                 self.clock.cached[chunk.id] = chunk.start
 
-    def _settle(self, lane: _LaneState, end: float) -> None:
+    def _settle(self, lane: LaneState, end: float) -> None:
         """The lane's decision ends here, after the steps that were taken: note who got what, tell the scheduler."""
         decision, taken = lane.decision, lane.taken
         lane.decision = None
         if decision is None:
             return
+        self._credit(lane, decision, taken, end)
+        lane.scheduler.apply({"type": "ran", "at": end, "steps": taken, "finished": ()})
+
+    def _credit(self, lane: LaneState, decision: Decision, taken: int, end: float) -> None:
+        """Note who got what of so many steps of a decision."""
         for chunk in decision.prefill:
             if chunk.last:
                 if math.isnan(self.clock.first_s[chunk.id]):
@@ -289,9 +308,8 @@ class _Replica:
                 self._advance(lane, chunk.id, 1, end)
         for request in decision.decode:
             self._advance(lane, request, taken, end)
-        lane.scheduler.apply({"type": "ran", "at": end, "steps": taken, "finished": ()})
 
-    def _advance(self, lane: _LaneState, request: int, tokens: int, end: float) -> None:
+    def _advance(self, lane: LaneState, request: int, tokens: int, end: float) -> None:
         self.length[request] += tokens
         self.left[request] -= tokens
         if not self.left[request]:
@@ -307,7 +325,7 @@ def lane_name(replica: int) -> str:
     return f"replica {replica}"
 
 
-def _phase(working: Sequence[_LaneState]) -> str:
+def _phase(working: Sequence[LaneState]) -> str:
     """What lanes do in a step, as the engine's `Pass` says it."""
     if not any(lane.shape.eager for lane in working):
         return "decode"
@@ -324,10 +342,10 @@ def _later(lane: Lane, steps: int) -> Lane:
     return lane._replace(cached=lane.cached + steps * lane.decoders)
 
 
-def _steps_until(left_s: float, first_s: float, slope_s: float, most: int) -> int:
+def steps_until(left_s: float, first_s: float, slope_s: float, most: int) -> int:
     """The fewest steps, from 1 to `most`, that end no earlier than `left_s`; steps take first_s, first_s + slope_s, ...
 
-    >>> [_steps_until(left, 1.0, 0.5, 9) for left in (-1.0, 1.0, 1.1, 2.5, 1e9)]
+    >>> [steps_until(left, 1.0, 0.5, 9) for left in (-1.0, 1.0, 1.1, 2.5, 1e9)]
     [1, 1, 2, 2, 9]
     """
     if most == 1 or left_s <= first_s:
