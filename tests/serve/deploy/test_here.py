@@ -260,6 +260,7 @@ def test_layouts_over_cores_are_weighed_and_the_rest_is_refused() -> None:
     [
         ({}, {"replicas": 3}, "the plan takes 3 cores, there are 2: 1 too few; replicas: 2"),
         ({}, {"devices": 2, "kv": "fp8"}, "this machine does not compute in fp8; weights: bf16 and kv: bf16"),
+        ({}, {"policy": "lanes"}, "worker processes have one lane"),
         ({"preemption": "swap"}, {}, "copies to spare memory are not measured here; preemption: recompute"),
         (
             {"load": replace(LOAD, prompt_tokens=9000, spread=0.0)},

@@ -37,7 +37,7 @@ from stretto.serve.scheduler import SchedulerConfig
 from stretto.serve.simulated import END, TOKEN
 
 from .test_plan import cluster
-from .worlds import MACHINE, SMALL, TYPES, config, drawn, load
+from .worlds import MACHINE, SMALL, TYPES, config, drawn, load, sharing
 
 KERNELS_ALONE = replace(engine("vllm-0.6"), host_step_s=0.0, host_sequence_s=0.0, eager_layer_s=0.0)
 QWEN_3B = ModelSpec(
@@ -205,7 +205,7 @@ def engine_on_virtual_time(requests: Load, of: SharedCosts, settings_: Scheduler
         for i in range(len(requests)):
             if requests.arrival_s[i] > clock.now:
                 await clock.sleep(float(requests.arrival_s[i]) - clock.now)
-            prompt, limit = (0,) * int(requests.prompt[i]), int(requests.output[i])
+            prompt, limit = requests.tokens(i, range(100, 1100)), int(requests.output[i])
             handles.append(running.submit(Request(id=i, prompt=prompt, limit=limit, stop_tokens=frozenset({END}))))
         running.close()
         await clock.wait(task, "the engine")
@@ -214,6 +214,7 @@ def engine_on_virtual_time(requests: Load, of: SharedCosts, settings_: Scheduler
             started_s=np.array([handle.started_s for handle in handles]),
             first_s=np.array([answer.first_token_s for answer in answers]),
             finished_s=np.array([answer.finished_s for answer in answers]),
+            cached=np.array([answer.cached_tokens for answer in answers]),
             parts=of.stage([Lane()]),
             makespan_s=clock.now,
             steps=running.steps,
@@ -233,12 +234,17 @@ def engine_on_virtual_time(requests: Load, of: SharedCosts, settings_: Scheduler
     joining=st.sampled_from(["continuous", "static", "dynamic", "shortest"]),
     prefill_tokens=st.sampled_from([50, 400, 4096]),
     decode_share=st.sampled_from([0.25, 0.5, 0.75]),
+    block=st.sampled_from([None, 16, 40]),
 )
-def test_it_is_the_engine_on_virtual_time(seed: int, gap: float, decode_share: float, **changes: object) -> None:
-    """Same instants, evictions and steps."""
-    requests, of = drawn(seed, 30, gap_s=gap, prompt=120, output=40), shared(decode_share)
-    chosen = lanes(**changes)
+def test_it_is_the_engine_on_virtual_time(
+    seed: int, gap: float, decode_share: float, block: int | None, **changes: object
+) -> None:
+    """Same instants, evictions and steps, and with a prefix cache the same tokens in it."""
+    plain = drawn(seed, 30, gap_s=gap, prompt=120, output=40)
+    requests = plain if block is None else sharing(seed, 30, gap_s=gap, block=block)
+    of, chosen = shared(decode_share), lanes(prefix_cache=block is not None, **changes)
     mine, engines = play(requests, of, chosen), engine_on_virtual_time(requests, of, chosen)
+    assert mine.cached.tolist() == engines.cached.tolist()
     assert (mine.preempted, mine.steps) == (engines.preempted, engines.steps)
     for name in ("started_s", "first_s", "finished_s"):
         np.testing.assert_allclose(getattr(mine, name), getattr(engines, name), rtol=1e-6)

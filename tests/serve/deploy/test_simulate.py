@@ -25,7 +25,7 @@ from stretto.serve.request import Request
 from stretto.serve.scheduler import Scheduler, SchedulerConfig
 from stretto.serve.simulated import END, SimulatedBackend
 
-from .worlds import MACHINE, config, costs, drawn, load
+from .worlds import MACHINE, config, costs, drawn, load, sharing
 
 LAYOUTS = [
     Layout(),
@@ -211,19 +211,6 @@ def test_it_is_the_engine_on_virtual_time(
     assert (mine.preempted, mine.steps) == (engines.preempted, engines.steps)
     for name in ("started_s", "first_s", "finished_s"):
         np.testing.assert_allclose(getattr(mine, name), getattr(engines, name), rtol=1e-6)
-
-
-def sharing(seed: int, count: int, *, gap_s: float, block: int) -> Load:
-    """Requests whose prompts follow each other through a tree of blocks, as far as they go."""
-    draw = np.random.default_rng(seed)
-    plain = drawn(seed, count, gap_s=gap_s, prompt=120, output=40)
-    prefixes = []
-    for length in plain.prompt.tolist():
-        path = [1]
-        while len(path) * block < length:
-            path.append(path[-1] * 3 + int(draw.integers(0, 2)))
-        prefixes.append(tuple(path))
-    return replace(plain, prefixes=tuple(prefixes), block_tokens=block)
 
 
 @settings(max_examples=40, deadline=None)

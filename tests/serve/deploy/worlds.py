@@ -69,3 +69,16 @@ def drawn(seed: int, count: int, *, gap_s: float = 0.02, prompt: int = 300, outp
     draw = np.random.default_rng(seed)
     arrivals = np.cumsum(draw.exponential(gap_s, count)) if gap_s else np.zeros(count)
     return load(arrivals, draw.integers(1, 2 * prompt, count), draw.integers(1, 2 * output, count))
+
+
+def sharing(seed: int, count: int, *, gap_s: float, block: int) -> Load:
+    """Requests whose prompts follow each other through a tree of blocks, as far as they go."""
+    draw = np.random.default_rng(seed)
+    plain = drawn(seed, count, gap_s=gap_s, prompt=120, output=40)
+    prefixes = []
+    for length in plain.prompt.tolist():
+        path = [1]
+        while len(path) * block < length:
+            path.append(path[-1] * 3 + int(draw.integers(0, 2)))
+        prefixes.append(tuple(path))
+    return replace(plain, prefixes=tuple(prefixes), block_tokens=block)

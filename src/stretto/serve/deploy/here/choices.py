@@ -94,6 +94,9 @@ def check(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> Refusal
         return Refusal(reason=reason, nearest=f"devices: {spec.kv_heads}")
     if "fp8" in (plan.weights, plan.kv):
         return Refusal(reason="this machine does not compute in fp8", nearest="weights: bf16 and kv: bf16")
+    if plan.policy == "lanes":
+        reason = "worker processes have one lane; a serving job with `prefill: lanes` has two on this machine"
+        return Refusal(reason=reason, nearest="policy: whole or chunked")
     if job.preemption == "swap":
         return Refusal(reason="copies to spare memory are not measured here", nearest="preemption: recompute")
     return lengths_refusal(job, load) or _check_memory(job, plan, cluster)
