@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from stretto.comm.grid import RankGrid
-from stretto.models.causal import CausalStage, Lora, Split, initialise, load_weights, part_of
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import Lora, Split
+from stretto.models.causal_weights import initialise, load_weights, part_of
 from stretto.models.load import open_model
 from stretto.models.parallel.layout import split_sequence
 from stretto.models.spec import ModelSpec

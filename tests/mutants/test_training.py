@@ -120,7 +120,7 @@ MUTANTS = {
         ),
         Mutant(
             "the router's gradient is a part of a sum and not summed",
-            "models/causal.py",
+            "models/causal_layers.py",
             "start=(0, 0), partial=tp)",
             "start=(0, 0))",
         ),

@@ -10,7 +10,7 @@ import torch
 
 from stretto.comm.grid import RankGrid
 from stretto.comm.transport import Disturbance
-from stretto.models.causal import part_of
+from stretto.models.causal_weights import part_of
 from stretto.train.data import Samples
 from stretto.train.job import Adapters, Optimizer, Shape, TrainJob
 from stretto.train.plan import AXES, TrainPlan, balanced

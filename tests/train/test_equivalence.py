@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from stretto.models.causal import CausalStage, initialise
+from stretto.models.causal import CausalStage
+from stretto.models.causal_weights import initialise
 from stretto.train.job import Optimizer, Shape, TrainJob
 from tests.train import kit
 

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from stretto.core.errors import UserError
-from stretto.models.causal import CausalStage, Lora, initialise, load_weights
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import Lora
+from stretto.models.causal_weights import initialise, load_weights
 from stretto.models.configs import config_of
 from stretto.models.tokenizer import Tokenizer
 from stretto.train.checkpoint import Reader

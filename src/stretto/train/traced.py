@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from stretto.comm.transport import Axis, Message
-from stretto.models.causal import CausalStage, Lora, Split
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import Lora, Split
 from stretto.models.parallel.experts import MoE
 from stretto.models.spec import ModelSpec
 from stretto.train.job import TrainJob
@@ -56,7 +57,7 @@ class Parameter:
     Attributes:
         numel: numbers that lie on the rank.
         trained: whether it has a gradient.
-        split, partial: as in its `models.causal.Placement`.
+        split, partial: as in its `models.causal_layers.Placement`.
     """
 
     numel: int

@@ -17,7 +17,9 @@ from stretto.comm.transport import Transport
 from stretto.core.orders import Action
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
-from stretto.models.causal import IGNORED, CausalStage, Lora, Split, initialise, load_weights
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import IGNORED, Lora, Split
+from stretto.models.causal_weights import initialise, load_weights
 from stretto.models.parallel.layout import split_sequence
 from stretto.models.spec import ModelSpec
 from stretto.models.weights import Weights
