@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from stretto.comm.grid import RankGrid
-from stretto.comm.transport import Disturbance
+from stretto.comm.transport import Disturbance, Transport
 from stretto.models.causal_weights import part_of
 from stretto.train.data import Samples
 from stretto.train.job import Adapters, Optimizer, Shape, TrainJob
@@ -19,6 +19,7 @@ from tests.comm import pool
 
 DENSE = Shape(layers=4, hidden=24, heads=6, kv_heads=3, head_dim=4, ffn=20)
 MIXED = Shape(layers=4, hidden=24, heads=4, kv_heads=2, head_dim=4, ffn=12, experts=4, top_k=2)
+DROPPED = replace(DENSE, dropout=0.2)
 VOCAB, LENGTH = 31, 8
 
 
@@ -108,8 +109,11 @@ def run(job: TrainJob, plan: TrainPlan, *, jitter_s: float = 0.0) -> list[dict[s
 
 def reference(job: TrainJob) -> dict[str, Any]:
     """One process, the whole batch in one pass."""
-    plan = plan_of(job, micro_batch=job.global_batch)
-    from stretto.comm.transport import Transport
+    return one_process(job, plan_of(job, micro_batch=job.global_batch))
+
+
+def one_process(job: TrainJob, plan: TrainPlan) -> dict[str, Any]:
+    """A plan of one rank, in this process."""
 
     def start(grid: RankGrid, **_: Any) -> Transport:
         return Transport.start(grid, rank=0, timeout_s=5.0)
@@ -150,3 +154,4 @@ def untied(shape: Shape) -> Shape:
 
 
 ADAPTERS = Adapters(rank=2, alpha=4.0)
+DROPPING_ADAPTERS = replace(ADAPTERS, dropout=0.3)

@@ -83,3 +83,8 @@ def test_experts(choices: dict[str, Any]) -> None:
 
 def test_mixed_precision() -> None:
     check(replace(job_of(), dtype="bf16"))
+
+
+@pytest.mark.parametrize("name", ["one", "one, recompute", "tp", "cp zigzag", "pp 1f1b, recompute"])
+def test_dropout(name: str) -> None:
+    check(replace(job_of(), shape=replace(SHAPE, dropout=0.1)), **PLANS[name])

@@ -21,10 +21,12 @@ from stretto.models.transformer import rope_frequencies
 class _Decoder(nn.Module):
     """What Hugging Face calls `model`: the embedding, the layers by their numbers, the final norm."""
 
-    def __init__(self, spec: ModelSpec, layers: range, first: bool, last: bool, split: Split, lora: Lora | None):
+    def __init__(
+        self, spec: ModelSpec, layers: range, first: bool, last: bool, split: Split, lora: Lora | None, dropout: float
+    ):
         super().__init__()
         self.embed_tokens = Table(spec, split.tp) if first else None
-        self.layers = nn.ModuleDict({str(index): Layer(spec, split, lora) for index in layers})
+        self.layers = nn.ModuleDict({str(index): Layer(spec, split, lora, index, dropout) for index in layers})
         self.norm = Norm(spec.hidden, spec.norm_eps) if last else None
 
 
@@ -38,6 +40,7 @@ class CausalStage(nn.Module):
         lora: adapters, beside which nothing is trained.
         dtype: of the parameters.
         compute: type of the products where it is not that of the parameters ("bf16": under autocast).
+        dropout: chance of what attention and MLPs add to the residual stream to be dropped, number by number.
 
     A head that is tied to the embedding is the same tensor where both lie here, and a copy where they do not: its name
     is `lm_head.weight` then, and the two gradients have to be added.
@@ -56,12 +59,14 @@ class CausalStage(nn.Module):
         lora: Lora | None = None,
         dtype: torch.dtype = torch.float32,
         compute: torch.dtype | None = None,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.spec, self.split, self.lora = spec, split or Split(), lora
         self.first, self.last = first, last
         self.compute = compute
-        self.model = _Decoder(spec, range(spec.layers) if layers is None else layers, first, last, self.split, lora)
+        here = range(spec.layers) if layers is None else layers
+        self.model = _Decoder(spec, here, first, last, self.split, lora, dropout)
         own_head = last and not (spec.tied_embeddings and first)
         self.lm_head = Table(spec, self.split.tp) if own_head else None
         if dtype != torch.float32:
@@ -79,6 +84,7 @@ class CausalStage(nn.Module):
         *,
         length: int,
         recompute: bool = False,
+        keys: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The stage's result.
 
@@ -87,6 +93,7 @@ class CausalStage(nn.Module):
             targets: the tokens that come next [B, L], for the last stage; `IGNORED` ones count for nothing.
             length: of the whole sequence, of which `cp` may hold parts.
             recompute: keep the inputs of layers only, and compute the rest again when gradients ask for it.
+            keys: int64 [B, L] of the tokens (`dropout.token_keys`), by which numbers are dropped; None: none are.
 
         Returns:
             [B, L, H]; of the last stage, the sum of the token losses that lie here.
@@ -96,7 +103,7 @@ class CausalStage(nn.Module):
                 x = self.model.embed_tokens.embed(x)
             turns = self._turn(length)
             for layer in self.model.layers.values():
-                x = checkpoint(layer, x, turns, use_reentrant=False) if recompute else layer(x, turns)
+                x = checkpoint(layer, x, turns, keys, use_reentrant=False) if recompute else layer(x, turns, keys)
             if self.model.norm is None:
                 return x
             assert targets is not None

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from stretto.comm.transport import Axis, alone
+from stretto.models.dropout import Dropout
 from stretto.models.parallel.experts import MoE
 from stretto.models.parallel.sequence import seq_attention
 from stretto.models.parallel.tensor import copy_in, share, sum_out, vocab_cross_entropy, vocab_embedding
@@ -26,6 +27,9 @@ from stretto.models.spec import ModelSpec
 
 IGNORED = -100
 """A target that counts for nothing."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PLACES = ("attention", "mlp", *PROJECTIONS)
+"""Of a layer, where numbers may be dropped: what is added to the residual stream, and what enters adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +59,13 @@ class Lora:
         rank: columns of each adapter's first matrix.
         alpha: its output is scaled by alpha / rank.
         targets: the last names of the projections that get one.
+        dropout: chance of each number that enters an adapter to be dropped.
     """
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = PROJECTIONS
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +86,22 @@ class Placement:
 
 
 class Projection(nn.Module):
-    """x W^T (+ b), with an adapter beside it where one is asked for; `dim` is the dim of W that `tp` cuts."""
+    """x W^T (+ b), with an adapter beside it where one is asked for; `dim` is the dim of W that `tp` cuts.
 
-    def __init__(self, whole: tuple[int, int], part: range, dim: int, tp: Axis, *, bias: bool, lora: Lora | None):
+    What enters an adapter is dropped by `place`.
+    """
+
+    def __init__(
+        self,
+        whole: tuple[int, int],
+        part: range,
+        dim: int,
+        tp: Axis,
+        *,
+        bias: bool,
+        lora: Lora | None,
+        place: int,
+    ):
         super().__init__()
         self.dim, self.part, self.whole, self.tp = dim, part, whole, tp
         rows, columns = (len(part) if d == dim else size for d, size in enumerate(whole))
@@ -92,11 +111,13 @@ class Projection(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(lora.rank, columns)) if lora else None
         self.lora_B = nn.Parameter(torch.empty(rows, lora.rank)) if lora else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.dropout = Dropout(lora.dropout if lora else 0.0, place, part.start if dim == 1 else 0)
+
+    def forward(self, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         y = linear(x, self.weight, self.bias)
         if self.lora_A is None or self.lora_B is None:
             return y
-        return y + self.scale * linear(linear(x, self.lora_A), self.lora_B)
+        return y + self.scale * linear(linear(self.dropout(x, keys), self.lora_A), self.lora_B)
 
     def placements(self) -> Iterator[tuple[str, Placement]]:
         split = ("tp",) if self.tp.size > 1 else ()
@@ -167,7 +188,7 @@ class Table(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention of the local KV groups over the whole sequence."""
 
-    def __init__(self, spec: ModelSpec, split: Split, lora: Lora | None):
+    def __init__(self, spec: ModelSpec, split: Split, lora: Lora | None, index: int):
         super().__init__()
         self.spec, self.split = spec, split
         tp, dim, per = split.tp, spec.head_dim, spec.heads // spec.kv_heads
@@ -177,7 +198,8 @@ class Attention(nn.Module):
             return range(groups.start * width, groups.stop * width)
 
         def projection(name: str, whole: tuple[int, int], part: range, cut: int, bias: bool) -> Projection:
-            return Projection(whole, part, cut, tp, bias=bias, lora=lora if lora and name in lora.targets else None)
+            own = lora if lora and name in lora.targets else None
+            return Projection(whole, part, cut, tp, bias=bias, lora=own, place=_place(index, name))
 
         q, kv = (spec.q_width, spec.hidden), (spec.kv_width, spec.hidden)
         self.q_proj = projection("q_proj", q, rows(per * dim), 0, spec.qkv_bias)
@@ -187,11 +209,13 @@ class Attention(nn.Module):
         self.q_norm = Norm(dim, spec.norm_eps, tp) if spec.qk_norm else None
         self.k_norm = Norm(dim, spec.norm_eps, tp) if spec.qk_norm else None
 
-    def forward(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor | None
+    ) -> torch.Tensor:
         batch, length = x.shape[:2]
         x = copy_in(x, self.split.tp)
         q, k, v = (
-            projection(x).view(batch, length, -1, self.spec.head_dim).transpose(1, 2)
+            projection(x, keys).view(batch, length, -1, self.spec.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
@@ -205,35 +229,34 @@ class Attention(nn.Module):
             mode=self.split.attention,
             layout=self.split.layout,
         )
-        out: torch.Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        out: torch.Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1), keys)
         return out
 
 
 class MLP(nn.Module):
     """down(silu(gate x) * up x), `tp` holding stretches of the inner columns."""
 
-    def __init__(self, spec: ModelSpec, split: Split, lora: Lora | None):
+    def __init__(self, spec: ModelSpec, split: Split, lora: Lora | None, index: int):
         super().__init__()
         self.tp = split.tp
         inner = share(spec.ffn, split.tp.rank, split.tp.size)
 
         def projection(name: str, whole: tuple[int, int], cut: int) -> Projection:
-            return Projection(
-                whole, inner, cut, split.tp, bias=False, lora=lora if lora and name in lora.targets else None
-            )
+            own = lora if lora and name in lora.targets else None
+            return Projection(whole, inner, cut, split.tp, bias=False, lora=own, place=_place(index, name))
 
         self.gate_proj = projection("gate_proj", (spec.ffn, spec.hidden), 0)
         self.up_proj = projection("up_proj", (spec.ffn, spec.hidden), 0)
         self.down_proj = projection("down_proj", (spec.hidden, spec.ffn), 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         x = copy_in(x, self.tp)
-        out: torch.Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        out: torch.Tensor = self.down_proj(silu(self.gate_proj(x, keys)) * self.up_proj(x, keys), keys)
         return out
 
 
 class Experts(nn.Module):
-    """The expert MLPs of a layer: whole experts shared by `ep`, the inner columns of each by `tp`."""
+    """The expert MLPs of a layer: whole experts shared by `ep`, the inner columns of each by `tp`; without adapters."""
 
     def __init__(self, spec: ModelSpec, split: Split):
         super().__init__()
@@ -242,7 +265,7 @@ class Experts(nn.Module):
         self.local = share(spec.experts, split.ep.rank, split.ep.size)
         self.moe = MoE(spec.hidden, len(self.inner), spec.experts, spec.top_k, split.ep, policy=split.experts)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         out: torch.Tensor = self.moe(copy_in(x, self.tp))
         return out
 
@@ -258,19 +281,31 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer over x [B, L, H]."""
+    """One decoder layer over x [B, L, H]; what attention and MLP add to x is dropped by chance `dropout`."""
 
-    def __init__(self, spec: ModelSpec, split: Split, lora: Lora | None):
+    def __init__(self, spec: ModelSpec, split: Split, lora: Lora | None, index: int, dropout: float):
         super().__init__()
         self.tp = split.tp
         self.input_layernorm = Norm(spec.hidden, spec.norm_eps)
-        self.self_attn = Attention(spec, split, lora)
+        self.self_attn = Attention(spec, split, lora, index)
         self.post_attention_layernorm = Norm(spec.hidden, spec.norm_eps)
-        self.mlp: nn.Module = Experts(spec, split) if spec.experts else MLP(spec, split, lora)
+        self.mlp: nn.Module = Experts(spec, split) if spec.experts else MLP(spec, split, lora, index)
+        self.drop_attention = Dropout(dropout, _place(index, "attention"))
+        self.drop_mlp = Dropout(dropout, _place(index, "mlp"))
 
-    def forward(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        x = x + sum_out(self.self_attn(self.input_layernorm(x), turns).to(x.dtype), self.tp)
-        return x + sum_out(self.mlp(self.post_attention_layernorm(x)).to(x.dtype), self.tp)
+    def forward(
+        self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x after the layer; `keys` int64 [B, L] as of `dropout.token_keys`, None: nothing is dropped."""
+        more = sum_out(self.self_attn(self.input_layernorm(x), turns, keys).to(x.dtype), self.tp)
+        x = x + self.drop_attention(more, keys)
+        more = sum_out(self.mlp(self.post_attention_layernorm(x), keys).to(x.dtype), self.tp)
+        return x + self.drop_mlp(more, keys)
+
+
+def _place(layer: int, name: str) -> int:
+    """A number of its own for each place of each layer where numbers may be dropped."""
+    return layer * len(_PLACES) + _PLACES.index(name)
 
 
 def _turned(heads: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

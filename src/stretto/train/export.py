@@ -108,7 +108,7 @@ def _adapter_config(job: TrainJob) -> dict[str, Any]:
         "base_model_name_or_path": job.model,
         "r": job.adapters.rank,
         "lora_alpha": job.adapters.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": job.adapters.dropout,
         "bias": "none",
         "target_modules": list(job.adapters.targets),
     }

@@ -38,12 +38,14 @@ class Passage:
         tokens, targets: of each micro-batch, int64 [B, L] of this rank's part of the sequences.
         length: of the whole sequences.
         scale: of every loss, so that gradients add up to those of the mean over all tokens of the step.
+        keys: of each micro-batch's tokens, by which numbers are dropped (`models.dropout`); empty: none are.
     """
 
     tokens: Sequence[torch.Tensor]
     targets: Sequence[torch.Tensor]
     length: int
     scale: float
+    keys: Sequence[torch.Tensor] = ()
 
 
 class Pipeline:
@@ -105,7 +107,11 @@ class Pipeline:
         """The result of a stage."""
         targets = passage.targets[action.micro_batch] if action.stage == self.order.stages - 1 else None
         return self.stages[action.stage](  # type: ignore[no-any-return]
-            x, targets, length=passage.length, recompute=self.recompute and torch.is_grad_enabled()
+            x,
+            targets,
+            length=passage.length,
+            recompute=self.recompute and torch.is_grad_enabled(),
+            keys=passage.keys[action.micro_batch] if passage.keys else None,
         )
 
     def boundary_like(self, passage: Passage, micro_batch: int, stage: int) -> torch.Tensor:
