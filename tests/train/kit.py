@@ -20,6 +20,8 @@ from tests.comm import pool
 DENSE = Shape(layers=4, hidden=24, heads=6, kv_heads=3, head_dim=4, ffn=20)
 MIXED = Shape(layers=4, hidden=24, heads=4, kv_heads=2, head_dim=4, ffn=12, experts=4, top_k=2)
 DROPPED = replace(DENSE, dropout=0.2)
+UNET = replace(DENSE, layers=5, skips="unet", dropout=0.2)
+MIXED_UNET = replace(MIXED, skips="unet")
 VOCAB, LENGTH = 31, 8
 
 
@@ -80,6 +82,7 @@ def one_rank(
     places = dict(zip(trainer.trained.names, trainer.trained.places, strict=True))
     return {
         "losses": [report.loss for report in reports],
+        "sent_bytes": [report.sent_bytes for report in reports],
         "norms": [report.gradient_norm for report in reports],
         "evaluated": [first, trainer.evaluate()],
         "gradients": {name: (places[name], value) for name, value in seen.items()},

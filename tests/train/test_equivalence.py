@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,8 @@ SHAPES = {
     "untied": kit.untied(kit.DENSE),
     "mixed": kit.MIXED,
     "dropped": kit.DROPPED,
+    "unet": kit.UNET,
+    "mixed unet": kit.MIXED_UNET,
 }
 
 
@@ -36,13 +39,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dense", {"tp": 2, "micro_batch": 4}),
     ("dropped", {"tp": 3, "micro_batch": 2, "recompute": True}),
     ("dense", {"pp": 2, "micro_batch": 2}),
-    ("dense", {"pp": 2, "micro_batch": 1, "schedule": "fill-drain"}),
+    ("unet", {"pp": 2, "micro_batch": 1, "schedule": "fill-drain"}),
     ("dense", {"pp": 2, "micro_batch": 2, "schedule": "interleaved", "chunks": 2}),
-    ("dense", {"pp": 2, "micro_batch": 2, "schedule": "looped", "chunks": 2, "recompute": True}),
-    ("dense", {"pp": 4, "micro_batch": 1}),
-    ("dense", {"pp": 2, "micro_batch": 2, "layers": (1, 3)}),
+    ("unet", {"pp": 2, "micro_batch": 2, "schedule": "looped", "chunks": 2, "recompute": True}),
+    ("unet", {"pp": 4, "micro_batch": 1}),
+    ("unet", {"pp": 2, "micro_batch": 2, "layers": (1, 4)}),
     ("dense", {"pp": 2, "tp": 2, "micro_batch": 2}),
-    ("dense", {"pp": 2, "tp": 3, "micro_batch": 2, "schedule": "interleaved", "chunks": 2}),
+    ("unet", {"pp": 2, "tp": 3, "micro_batch": 2, "schedule": "interleaved", "chunks": 2}),
     ("dense", {"pp": 2, "dp": 2, "micro_batch": 1}),
     ("dropped", {"pp": 2, "dp": 2, "tp": 2, "micro_batch": 1}),
     ("dense", {"cp": 2, "micro_batch": 2}),
@@ -53,7 +56,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dense", {"cp": 2, "dp": 2, "micro_batch": 1}),
     ("dense", {"cp": 2, "tp": 2, "micro_batch": 2}),
     ("dense", {"cp": 2, "pp": 2, "micro_batch": 2}),
-    ("dense", {"cp": 2, "pp": 2, "tp": 2, "micro_batch": 2, "cp_layout": "zigzag"}),
+    ("unet", {"cp": 2, "pp": 2, "tp": 2, "micro_batch": 2, "cp_layout": "zigzag"}),
     ("untied", {"pp": 2, "micro_batch": 2}),
     ("untied", {"pp": 2, "tp": 2, "dp": 2, "micro_batch": 2}),
     ("untied", {"tp": 2, "cp": 2, "micro_batch": 4}),
@@ -68,7 +71,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mixed", {"ep": 2, "pp": 2, "micro_batch": 2}),
     ("mixed", {"ep": 2, "pp": 2, "tp": 2, "micro_batch": 2, "recompute": True}),
     ("mixed", {"ep": 2, "dp": 2, "pp": 2, "micro_batch": 1, "schedule": "fill-drain"}),
-    ("mixed", {"tp": 2, "pp": 2, "micro_batch": 2, "schedule": "interleaved", "chunks": 2}),
+    ("mixed unet", {"tp": 2, "pp": 2, "micro_batch": 2, "schedule": "interleaved", "chunks": 2}),
     ("mixed", {"ep": 2, "cp": 2, "tp": 2, "micro_batch": 2, "attention": "rsa"}),
 ]
 
@@ -142,6 +145,16 @@ def test_dropping_changes_training_alone() -> None:
     assert not plain.drops
     assert having["evaluated"][0] == without["evaluated"][0]
     assert abs(having["losses"][0] / without["losses"][0] - 1) > 1e-6
+
+
+def test_a_skip_connection_sends_its_tensor_and_its_gradient_and_nothing_else() -> None:
+    choices: dict[str, Any] = {"pp": 2, "tp": 2, "micro_batch": 2, "layers": (3, 2)}
+    plain, shaped = (kit.job_of(replace(kit.UNET, dropout=0.0, skips=skips)) for skips in ("none", "unet"))
+    found = [kit.run(job, kit.plan_of(job, **choices)) for job in (plain, shaped)]
+    rows = 8 * kit.LENGTH
+    part = rows * kit.UNET.hidden * 8 // 2  # fp64, each tensor rank half of it, which those that receive halves swap
+    for without, having in zip(*found, strict=True):
+        assert [b - a for a, b in zip(without["sent_bytes"], having["sent_bytes"], strict=True)] == [2 * 2 * part] * 2
 
 
 @pytest.mark.parametrize("name", SHAPES)

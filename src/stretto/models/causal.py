@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from stretto.models.causal_layers import Experts, Layer, Lora, Norm, Placement, Projection, Split, Table
+from stretto.models.causal_layers import Experts, Layer, Lora, Norm, Placement, Projection, Skip, Split, Table
 from stretto.models.parallel.sequence import positions
 from stretto.models.spec import ModelSpec
 from stretto.models.transformer import rope_frequencies
@@ -72,6 +72,9 @@ class CausalStage(nn.Module):
         if dtype != torch.float32:
             self.to(dtype)
         self.register_buffer("frequencies", rope_frequencies(spec).to(dtype), persistent=False)
+        self._first_layer = here.start
+        self._makes = {made: number for number, (made, _) in enumerate(spec.skip_pairs)}
+        self._takes = {taken: number for number, (_, taken) in enumerate(spec.skip_pairs)}
         self._turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if lora is not None:
             for name, parameter in self.named_parameters():
@@ -85,6 +88,7 @@ class CausalStage(nn.Module):
         length: int,
         recompute: bool = False,
         keys: torch.Tensor | None = None,
+        skips: dict[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The stage's result.
 
@@ -94,6 +98,9 @@ class CausalStage(nn.Module):
             length: of the whole sequence, of which `cp` may hold parts.
             recompute: keep the inputs of layers only, and compute the rest again when gradients ask for it.
             keys: int64 [B, L] of the tokens (`dropout.token_keys`), by which numbers are dropped; None: none are.
+            skips: by number, the tensors [B, L, H] of skip connections that other stages made and this one takes. It
+                takes them out and puts in those that it has for others; the result of the layer just before its first
+                one it has as its input.
 
         Returns:
             [B, L, H]; of the last stage, the sum of the token losses that lie here.
@@ -102,8 +109,15 @@ class CausalStage(nn.Module):
             if self.model.embed_tokens is not None:
                 x = self.model.embed_tokens.embed(x)
             turns = self._turn(length)
-            for layer in self.model.layers.values():
-                x = checkpoint(layer, x, turns, keys, use_reentrant=False) if recompute else layer(x, turns, keys)
+            under_way = {} if skips is None else skips
+            before = self._makes.get(self._first_layer - 1)
+            if before is not None:
+                under_way.setdefault(before, x)
+            for index, layer in enumerate(self.model.layers.values(), self._first_layer):
+                inputs = (x, turns, keys, under_way.pop(self._takes[index]) if index in self._takes else None)
+                x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+                if index in self._makes:
+                    under_way[self._makes[index]] = x
             if self.model.norm is None:
                 return x
             assert targets is not None
@@ -136,7 +150,7 @@ class CausalStage(nn.Module):
         found = {
             f"{path}.{name}": place
             for path, module in self.named_modules()
-            if isinstance(module, Projection | Norm | Table | Experts)
+            if isinstance(module, Projection | Norm | Table | Experts | Skip)
             for name, place in module.placements()
         }
         return {name: found[name] for name, _ in self.named_parameters()}

@@ -280,6 +280,20 @@ class Experts(nn.Module):
         yield "moe.down", Placement(shape=(experts, hidden, ffn), start=(first, 0, column), split=split)
 
 
+class Skip(nn.Module):
+    """x + w * skip, with the one number w of a skip connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return x + self.weight * skip
+
+    def placements(self) -> Iterator[tuple[str, Placement]]:
+        yield "weight", Placement(shape=(1,), start=(0,))
+
+
 class Layer(nn.Module):
     """One decoder layer over x [B, L, H]; what attention and MLP add to x is dropped by chance `dropout`."""
 
@@ -292,15 +306,28 @@ class Layer(nn.Module):
         self.mlp: nn.Module = Experts(spec, split) if spec.experts else MLP(spec, split, lora, index)
         self.drop_attention = Dropout(dropout, _place(index, "attention"))
         self.drop_mlp = Dropout(dropout, _place(index, "mlp"))
+        self.skip = Skip() if any(taken == index for _, taken in spec.skip_pairs) else None
 
     def forward(
-        self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x after the layer; `keys` int64 [B, L] as of `dropout.token_keys`, None: nothing is dropped."""
+        """x after the layer.
+
+        Args:
+            keys: int64 [B, L] as of `dropout.token_keys`; None: nothing is dropped.
+            skip: [B, L, H], the tensor of the skip connection that ends here, if one does.
+        """
+        if self.skip is not None and skip is not None:
+            x = self.skip(x, skip)
         more = sum_out(self.self_attn(self.input_layernorm(x), turns, keys).to(x.dtype), self.tp)
         x = x + self.drop_attention(more, keys)
         more = sum_out(self.mlp(self.post_attention_layernorm(x), keys).to(x.dtype), self.tp)
-        return x + self.drop_mlp(more, keys)
+        out: torch.Tensor = x + self.drop_mlp(more, keys)
+        return out
 
 
 def _place(layer: int, name: str) -> int:

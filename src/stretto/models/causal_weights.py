@@ -39,7 +39,8 @@ def initialise(stage: CausalStage, *, seed: int, only: str = "") -> None:
     """Fill the parameters whose names hold `only` with what a new model begins with, whoever holds which part.
 
     Matrices are normal with a deviation of 0.02 (those that write to the residual stream smaller by the root of twice
-    the layers), norms 1, biases 0; an adapter's second matrix is 0, so that it begins as nothing.
+    the layers), norms and the weights of skip connections 1, biases 0; an adapter's second matrix is 0, so that it
+    begins as nothing.
     """
     with torch.no_grad():
         for name, parameter, place in _placed(stage):
@@ -71,7 +72,7 @@ def _whole(name: str, place: Placement, spec: ModelSpec, weights: Weights) -> to
 
 
 def _initial(name: str, shape: tuple[int, ...], spec: ModelSpec, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "skip.weight")):
         return torch.ones(shape, dtype=dtype)
     if name.endswith((".bias", "lora_B")):
         return torch.zeros(shape, dtype=dtype)

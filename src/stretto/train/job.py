@@ -27,6 +27,7 @@ class Shape:
         experts, top_k: experts of each MLP, and how many of them a token goes to; 0: a dense model.
         tied_embeddings: the head is the embedding's table.
         dropout: chance of what attention and MLPs add to the residual stream to be dropped in training (0 .. 0.9).
+        skips: "unet": results of the first half's layers are added to what enters the second half's, see `ModelSpec`.
     """
 
     layers: int
@@ -39,9 +40,11 @@ class Shape:
     top_k: int = 0
     tied_embeddings: bool = True
     dropout: float = 0.0
+    skips: Literal["none", "unet"] = "none"
 
     def __post_init__(self) -> None:
         _require_chance(self.dropout)
+        require(self.skips == "none" or self.layers >= 2, "layers", self.layers, "at least 2 for skip connections")
         self.spec(vocab=2, positions=2)
 
     def spec(self, *, vocab: int, positions: int) -> ModelSpec:
@@ -59,6 +62,7 @@ class Shape:
             max_positions=positions,
             experts=self.experts,
             top_k=self.top_k,
+            skips=self.skips,
         )
 
 
@@ -227,6 +231,10 @@ class TrainJob:
             require(value is None or value >= 1, name, value, "at least 1 step, or left out")
         require(self.save_every is None or self.checkpoint is not None, "checkpoint", None, "a folder, to save into")
         require(self.export is None or self.checkpoint is not None, "checkpoint", None, "a folder, to export from")
+        if self.export is not None and self.shape is not None and self.shape.skips != "none":
+            raise FieldError(
+                "export", self.export, "left out with `shape.skips`: Hugging Face has no decoder with skip connections"
+            )
         require(0 <= self.held_out < 0.5, "held_out", self.held_out, "in [0, 0.5)")
         require(1 <= self.keep <= 1000, "keep", self.keep, "in 1 .. 1000")
         require(1 <= self.timeout_s <= 86400, "timeout_s", self.timeout_s, "in 1 .. 86400 seconds")
