@@ -14,6 +14,7 @@ Shapes: B sequences, L tokens of each that lie here, C channels that lie here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,8 +68,27 @@ class Dropout(nn.Module):
         """`x` [B, L, C] with some numbers dropped; `keys` as of `token_keys`, None: nothing is dropped."""
         if keys is None or self.level == 0:
             return x
-        dropped = draws(keys, self.place, self.first, x.shape[-1]) < self.level - _LEVELS // 2
-        return x.masked_fill(dropped, 0.0).mul_(_LEVELS / (_LEVELS - self.level))
+        stays = draws(keys, self.place, self.first, x.shape[-1]) >= self.level - _LEVELS // 2
+        out: torch.Tensor = _Kept.apply(x, stays, _LEVELS / (_LEVELS - self.level))  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Kept(torch.autograd.Function):
+    """x times a scale where it stays and 0 elsewhere; a byte a number waits for backward.
+
+    Multiplying by the mask as numbers is faster than `masked_fill`, whose loop is not vectorised.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, stays: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(stays)
+        ctx.scale = scale
+        return stays.to(x.dtype).mul_(scale).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (stays,) = ctx.saved_tensors
+        return stays.to(gradient.dtype).mul_(ctx.scale).mul_(gradient), None, None
 
 
 def draws(keys: torch.Tensor, place: int, first: int, channels: int) -> torch.Tensor:
