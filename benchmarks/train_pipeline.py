@@ -200,7 +200,7 @@ def _ddp_step(
 
 
 def _initialised(stage: CausalStage) -> CausalStage:
-    from stretto.models.causal import initialise
+    from stretto.models.causal_weights import initialise
 
     initialise(stage, seed=0)
     return stage

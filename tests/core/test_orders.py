@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from stretto.core.errors import FieldError
 from stretto.core.order_schedule import lay_out
-from stretto.core.orders import KINDS, ORDERS, Action, Order, order_of
+from stretto.core.orders import KINDS, ORDERS, Action, Message, Order, order_of
 from stretto.core.schedule import Schedule
 from stretto.core.simulate import simulate
 from stretto.core.trace import Trace
@@ -20,12 +20,13 @@ class Equal:
 
     chunks: int = 1
     message_s: float = 0.0
+    skip_s: float = 0.0
 
     def compute(self, action: Action) -> float:
         return (1.0 if action.kind == "forward" else 2.0) / self.chunks
 
-    def message(self, action: Action) -> float:
-        return self.message_s
+    def message(self, message: Message) -> float:
+        return self.message_s if message.skip is None else self.skip_s
 
     def held(self, action: Action) -> float:
         return 1.0
@@ -186,3 +187,65 @@ def test_a_link_holds_as_many_messages_as_it_has_slots() -> None:
     order.check(slots=2)
     with pytest.raises(ValueError, match="rank 0 waits for room to send the forward of micro-batch 1"):
         order.check(slots=1)
+
+
+def u_shaped(order: Order) -> Order:
+    """With a skip connection from each stage of the first half to its like in the second."""
+    return replace(order, skips=tuple((stage, order.stages - 1 - stage) for stage in range(order.stages // 2)))
+
+
+def test_a_skip_connection_goes_from_the_stage_that_makes_it_to_the_one_that_takes_it_and_back() -> None:
+    order = u_shaped(order_of("1f1b", 4, 8))
+    made, taken = Action("forward", 2, 0), Action("forward", 2, 3)
+    assert order.outputs(made) == (Message(made, Action("forward", 2, 1)), Message(made, taken, 0))
+    assert order.inputs(taken) == (Message(Action("forward", 2, 2), taken), Message(made, taken, 0))
+    late, early = Action("backward", 2, 3), Action("backward", 2, 0)
+    assert order.outputs(late) == (Message(late, Action("backward", 2, 2)), Message(late, early, 0))
+    assert order.needs(early) == (made, Action("backward", 2, 1), late)
+
+
+def test_what_goes_out_comes_in_and_nothing_leaves_a_stage_for_itself() -> None:
+    for case in [("1f1b", 4, 3, 1), ("interleaved", 2, 4, 3), ("looped", 3, 2, 2)]:
+        order = u_shaped(order_of(*case))
+        order = replace(order, skips=(*order.skips, (1, 1)))
+        actions = [action for program in order.programs for action in program]
+        out = [message for action in actions for message in order.outputs(action)]
+        assert sorted(map(str, out)) == sorted(str(message) for action in actions for message in order.inputs(action))
+        pairs = order.stages - 1 + order.stages // 2
+        assert len(out) == len(set(out)) == 2 * order.micro_batches * pairs
+        assert all(message.source.stage != message.target.stage for message in out)
+
+
+def test_orders_with_skip_connections_get_through() -> None:
+    for case in legal():
+        if case[1] * case[3] > 1:
+            order = u_shaped(order_of(*case))
+            order.check()
+            if case[0] == "fill-drain":
+                order.check(slots=1)
+            elif case[0] == "1f1b":  # the first rank warms up ahead of the last one
+                order.check(slots=1 if order.ranks < 6 else 3)
+
+
+def test_a_skip_connection_that_finds_no_room_is_named() -> None:
+    order = u_shaped(order_of("interleaved", 2, 4, 2))
+    with pytest.raises(ValueError, match="rank 1 waits for room to send the skip connection 0 of the backward of"):
+        order.check(slots=1)
+    order.check(slots=4)
+
+
+def test_a_skip_connection_leads_to_a_later_stage() -> None:
+    order = replace(order_of("1f1b", 3, 2), skips=((2, 0),))
+    with pytest.raises(ValueError, match="must lead from a stage to a later one"):
+        order.check()
+
+
+def test_skip_connections_are_messages_of_the_schedule() -> None:
+    order = replace(order_of("1f1b", 3, 1), skips=((0, 2),))
+    # Forwards at 0 and 1; the last waits for the skip until 6. Its gradient is back at 6 + 3 + 5.
+    trace = play(order, Equal(skip_s=5.0))
+    assert trace.makespan == pytest.approx(16.0, rel=1e-12)
+    assert play(order, Equal()).makespan == pytest.approx(9.0, rel=1e-12)
+    there = [span for span in trace if span.key.phase == "send forward skip 0"]
+    back = [span for span in trace if span.key.phase == "send backward skip 0"]
+    assert [(span.start, span.finish) for span in there + back] == [(1.0, 6.0), (9.0, 14.0)]

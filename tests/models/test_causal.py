@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from stretto.comm.grid import RankGrid
-from stretto.models.causal import CausalStage, Lora, Split, initialise, load_weights, part_of
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import Lora, Split
+from stretto.models.causal_weights import initialise, load_weights, part_of
+from stretto.models.dropout import Dropout
 from stretto.models.load import open_model
 from stretto.models.parallel.layout import split_sequence
 from stretto.models.spec import ModelSpec
@@ -208,3 +211,35 @@ def test_half_precision_products_keep_the_residual_stream_whole() -> None:
     exact = CausalStage(ModelSpec(**DENSE))
     initialise(exact, seed=5)
     assert float(loss.detach()) == pytest.approx(float(exact(tokens, targets, length=LENGTH).detach()), rel=2e-2)
+
+
+@pytest.mark.parametrize("layers", [4, 5])
+def test_skip_connections_are_what_their_definition_says(layers: int) -> None:
+    model = CausalStage(ModelSpec(**DENSE | {"layers": layers, "skips": "unet"}), dtype=torch.float64)
+    initialise(model, seed=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("skip.weight"):
+                assert parameter.tolist() == [1.0]
+                parameter.fill_(0.5 + int(name.split(".")[2]))
+    tokens, targets = batch()
+    found = model(tokens, targets, length=LENGTH)
+    results: list[torch.Tensor] = []
+    assert model.model.embed_tokens is not None
+    assert model.model.norm is not None
+    x = model.model.embed_tokens.embed(tokens)
+    for index, layer in enumerate(model.model.layers.values()):
+        if index > (layers - 1) / 2:
+            x = x + (0.5 + index) * results[layers - 1 - index]
+        x = layer(x, model._turn(LENGTH))
+        results.append(x)
+    expected = model.head.losses(model.model.norm(x).flatten(0, 1), targets.flatten()).sum()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-14)
+    assert sum(parameter.numel() for parameter in model.parameters()) == model.spec.parameters()
+
+
+def test_every_place_that_drops_has_a_number_of_its_own() -> None:
+    spec = ModelSpec(**DENSE)
+    model = CausalStage(spec, dropout=0.1, lora=Lora(rank=2, alpha=4.0, dropout=0.1))
+    places = [module.place for module in model.modules() if isinstance(module, Dropout)]
+    assert len(places) == len(set(places)) == spec.layers * (2 + 7)

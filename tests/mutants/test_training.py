@@ -19,6 +19,18 @@ TESTS = {
     "sequences": ["tests/models/parallel/test_sequence.py", *_EQUAL],
     "experts": ["tests/models/parallel/test_experts.py", *_EQUAL],
     "combined": _EQUAL,
+    "dropout": [
+        "tests/models/test_dropout.py",
+        "tests/models/test_causal.py::test_every_place_that_drops_has_a_number_of_its_own",
+        *_EQUAL,
+    ],
+    "skips": [
+        "tests/core/test_orders.py",
+        "tests/models/test_causal.py::test_skip_connections_are_what_their_definition_says",
+        "tests/train/test_plan.py::test_skip_connections_lead_from_stage_to_stage",
+        *_EQUAL,
+    ],
+    "bytes": ["tests/train/test_memory.py"],
 }
 MUTANTS = {
     "pipelines": [
@@ -38,8 +50,8 @@ MUTANTS = {
         Mutant(
             "a backward needs no gradient",
             "core/orders.py",
-            "(own,) if stage == self.stages - 1 else",
-            "(own,) if True else",
+            "[message.source for message in self.inputs(action)]",
+            '[message.source for message in self.inputs(action) if action.kind == "forward"]',
         ),
         Mutant("a full link takes one more", "core/orders.py", ">= self.slots and", "> self.slots and"),
         Mutant(
@@ -58,8 +70,8 @@ MUTANTS = {
         Mutant(
             "what came in gets no gradient",
             "train/pipeline.py",
-            "came.requires_grad_()",
-            "came.clone().requires_grad_().detach().requires_grad_(False)",
+            "tensor.requires_grad_()",
+            "tensor.requires_grad_(False)",
         ),
         Mutant(
             "the loss is of the last micro-batch",
@@ -120,7 +132,7 @@ MUTANTS = {
         ),
         Mutant(
             "the router's gradient is a part of a sum and not summed",
-            "models/causal.py",
+            "models/causal_layers.py",
             "start=(0, 0), partial=tp)",
             "start=(0, 0))",
         ),
@@ -334,6 +346,105 @@ MUTANTS = {
             "train/trainer.py",
             '"pp", "dp", "ep", "cp").all_reduce_',
             '"pp", "dp", "ep").all_reduce_',
+        ),
+    ],
+    "dropout": [
+        Mutant(
+            "every step has the same masks",
+            "models/dropout.py",
+            "counter[..., 2] = step & 0xFFFFFFFF",
+            "counter[..., 2] = 0",
+        ),
+        Mutant(
+            "shifts bring the sign",
+            "models/dropout.py",
+            "(words >> shift).bitwise_and_((1 << (64 - shift)) - 1)",
+            "words >> shift",
+        ),
+        Mutant("what stays is not scaled", "models/dropout.py", "_LEVELS / (_LEVELS - self.level)", "1.0"),
+        Mutant(
+            "a part's channels are numbered from 0", "models/causal_layers.py", "part.start if dim == 1 else 0", "0"
+        ),
+        Mutant(
+            "all layers have the same masks",
+            "models/causal_layers.py",
+            "return layer * len(_PLACES) + _PLACES.index(name)",
+            "return _PLACES.index(name)",
+        ),
+        Mutant(
+            "a pass that is computed again draws anew",
+            "models/causal.py",
+            "checkpoint(layer, *inputs, use_reentrant=False)",
+            "checkpoint(lambda x, turns, keys, skip, seen=[]: layer(x, turns, keys if keys is None or seen.append(1) "
+            "or len(seen) < 2 else keys + 1, skip), *inputs, use_reentrant=False)",
+        ),
+        Mutant(
+            "each rank numbers its sequences from 0",
+            "train/trainer.py",
+            "token_keys(self.job.seed, self.step, mine, where)",
+            "token_keys(self.job.seed, self.step, range(len(mine)), where)",
+        ),
+        Mutant(
+            "each rank numbers its positions from 0",
+            "train/trainer.py",
+            "where = positions(self.job.sequence, self._cp, layout)",
+            "where = torch.arange(tokens.shape[1])",
+        ),
+        Mutant("evaluation drops too", "train/trainer.py", "if training and self.job.drops:", "if self.job.drops:"),
+    ],
+    "skips": [
+        Mutant(
+            "layers meet the wrong ones",
+            "models/spec.py",
+            "(layer, layers - 1 - layer)",
+            "(layer, layers - layers // 2 + layer)",
+        ),
+        Mutant(
+            "a skip connection begins as noise",
+            "models/causal_weights.py",
+            '("norm.weight", "skip.weight")',
+            '"norm.weight"',
+        ),
+        Mutant("what comes in is no layer's result", "models/causal.py", "under_way.setdefault(before, x)", "pass"),
+        Mutant("gradients go the way of the tensors", "core/orders.py", "pair if forward else pair[::-1]", "pair"),
+        Mutant(
+            "nobody waits for a skip connection",
+            "core/order_schedule.py",
+            "messages.get(message, actions[message.source])",
+            "actions[message.source]",
+        ),
+        Mutant(
+            "a stage sends what the next one has anyway",
+            "train/plan.py",
+            "self.stage_layers(last).start == made + 1",
+            "False",
+        ),
+        Mutant(
+            "the stage's own result goes by every line",
+            "train/pipeline.py",
+            "made[message.skip] = skips[message.skip]",
+            "made[message.skip] = y",
+        ),
+        Mutant(
+            "gradients of skip connections are lost",
+            "train/pipeline.py",
+            "backward(list(held.made.values()), [came.get(skip) for skip in held.made])",
+            "backward(held.made[None], came.get(None))",
+        ),
+        Mutant("all lines have one number", "train/pipeline.py", "(1 + len(self.order.skips)) + line", "1"),
+    ],
+    "bytes": [
+        Mutant(
+            "what came by skip connections takes no room",
+            "train/memory.py",
+            "return ((action.stage > 0) + skips) * self.boundary",
+            "return (action.stage > 0) * self.boundary",
+        ),
+        Mutant(
+            "masks take no room",
+            "train/traced.py",
+            "torch.zeros_like(tokens) if drops else None",
+            "None",
         ),
     ],
 }

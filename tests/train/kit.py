@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from stretto.comm.grid import RankGrid
-from stretto.comm.transport import Disturbance
-from stretto.models.causal import part_of
+from stretto.comm.transport import Disturbance, Transport
+from stretto.models.causal_weights import part_of
 from stretto.train.data import Samples
 from stretto.train.job import Adapters, Optimizer, Shape, TrainJob
 from stretto.train.plan import AXES, TrainPlan, balanced
@@ -19,6 +19,9 @@ from tests.comm import pool
 
 DENSE = Shape(layers=4, hidden=24, heads=6, kv_heads=3, head_dim=4, ffn=20)
 MIXED = Shape(layers=4, hidden=24, heads=4, kv_heads=2, head_dim=4, ffn=12, experts=4, top_k=2)
+DROPPED = replace(DENSE, dropout=0.2)
+UNET = replace(DENSE, layers=5, skips="unet", dropout=0.2)
+MIXED_UNET = replace(MIXED, skips="unet")
 VOCAB, LENGTH = 31, 8
 
 
@@ -79,6 +82,7 @@ def one_rank(
     places = dict(zip(trainer.trained.names, trainer.trained.places, strict=True))
     return {
         "losses": [report.loss for report in reports],
+        "sent_bytes": [report.sent_bytes for report in reports],
         "norms": [report.gradient_norm for report in reports],
         "evaluated": [first, trainer.evaluate()],
         "gradients": {name: (places[name], value) for name, value in seen.items()},
@@ -108,8 +112,11 @@ def run(job: TrainJob, plan: TrainPlan, *, jitter_s: float = 0.0) -> list[dict[s
 
 def reference(job: TrainJob) -> dict[str, Any]:
     """One process, the whole batch in one pass."""
-    plan = plan_of(job, micro_batch=job.global_batch)
-    from stretto.comm.transport import Transport
+    return one_process(job, plan_of(job, micro_batch=job.global_batch))
+
+
+def one_process(job: TrainJob, plan: TrainPlan) -> dict[str, Any]:
+    """A plan of one rank, in this process."""
 
     def start(grid: RankGrid, **_: Any) -> Transport:
         return Transport.start(grid, rank=0, timeout_s=5.0)
@@ -150,3 +157,4 @@ def untied(shape: Shape) -> Shape:
 
 
 ADAPTERS = Adapters(rank=2, alpha=4.0)
+DROPPING_ADAPTERS = replace(ADAPTERS, dropout=0.3)

@@ -68,7 +68,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("choices", LAYOUTS[:5])
 def test_the_same_layout_goes_on_with_the_same_bits(choices: dict[str, Any], tmp_path: Path) -> None:
-    job = kit.job_of()
+    job = kit.job_of(kit.DROPPED)
     plan = kit.plan_of(job, **choices)
     whole = go(job, plan, tmp_path, 2, 3)
     again = go(job, plan, tmp_path, 0, 3)
@@ -78,7 +78,7 @@ def test_the_same_layout_goes_on_with_the_same_bits(choices: dict[str, Any], tmp
 
 @pytest.mark.parametrize(("first", "second"), [(0, 4), (4, 2), (3, 1), (2, 3), (5, 4)])
 def test_another_layout_goes_on_with_the_same_state(first: int, second: int, tmp_path: Path) -> None:
-    job = kit.job_of()
+    job = kit.job_of(kit.UNET)
     whole = go(job, kit.plan_of(job, **LAYOUTS[first]), tmp_path, 2, 2)
     other = go(job, kit.plan_of(job, **LAYOUTS[second]), tmp_path, 0, 2)
     np.testing.assert_allclose(other[0]["losses"], whole[0]["losses"][2:], rtol=1e-10)

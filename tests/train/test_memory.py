@@ -83,3 +83,30 @@ def test_experts(choices: dict[str, Any]) -> None:
 
 def test_mixed_precision() -> None:
     check(replace(job_of(), dtype="bf16"))
+
+
+@pytest.mark.parametrize("name", ["one", "one, recompute", "tp", "cp zigzag", "pp 1f1b, recompute"])
+def test_dropout(name: str) -> None:
+    check(replace(job_of(), shape=replace(SHAPE, dropout=0.1)), **PLANS[name])
+
+
+UNET = replace(SHAPE, layers=6, skips="unet")
+"""Three skip connections; over two stages, two of them between the stages and one beside the cut."""
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"recompute": True},
+        {"tp": 2},
+        {"pp": 2, "schedule": "fill-drain"},
+        {"pp": 2, "schedule": "1f1b", "layers": (3, 3)},
+        {"pp": 2, "schedule": "1f1b", "layers": (4, 2), "recompute": True},
+        {"pp": 2, "schedule": "interleaved", "chunks": 2},
+        {"pp": 3, "schedule": "1f1b"},
+    ],
+    ids=str,
+)
+def test_skip_connections(choices: dict[str, Any]) -> None:
+    check(replace(job_of(), shape=UNET), **choices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ JOBS: list[tuple[dict[str, Any], str]] = [
     ({"shape": kit.DENSE, "processes": 0}, "processes"),
     ({"shape": kit.DENSE, "save_every": 5}, "checkpoint"),
     ({"shape": kit.DENSE, "export": "out"}, "checkpoint"),
+    ({"shape": kit.UNET, "export": "out", "checkpoint": "kept"}, "export"),
     ({"shape": kit.DENSE, "held_out": 0.7}, "held_out"),
     ({"shape": kit.DENSE, "keep": 0}, "keep"),
     ({"shape": kit.DENSE, "timeout_s": 0}, "timeout_s"),
@@ -150,3 +152,35 @@ def test_a_job_that_makes_no_sense(fields: dict[str, Any], wrong: str) -> None:
     with pytest.raises(FieldError) as raised:
         TrainJob(**fields)
     assert raised.value.field == wrong
+
+
+@pytest.mark.parametrize(
+    ("wrong", "make"),
+    [
+        ("dropout", lambda: replace(kit.DENSE, dropout=1.0)),
+        ("dropout", lambda: Adapters(dropout=-0.1)),
+        ("layers", lambda: replace(kit.DENSE, layers=1, skips="unet")),
+        ("skips", lambda: replace(kit.DENSE, skips="ladder")),
+    ],
+)
+def test_a_shape_that_makes_no_sense(wrong: str, make: Callable[[], object]) -> None:
+    with pytest.raises(FieldError) as raised:
+        make()
+    assert raised.value.field == wrong
+
+
+@pytest.mark.parametrize(
+    ("layers", "skips"),
+    [
+        ((5,), ((0, 0), (0, 0))),
+        ((3, 2), ((0, 1), (0, 1))),
+        ((2, 3), ((0, 1), (1, 1))),  # what layer 1 makes enters stage 1 anyway
+        ((1, 4), ((1, 1), (1, 1))),
+        ((1, 1, 1, 2), ((0, 3), (1, 3))),
+    ],
+)
+def test_skip_connections_lead_from_stage_to_stage(layers: tuple[int, ...], skips: tuple[tuple[int, int], ...]) -> None:
+    job = kit.job_of(kit.UNET)
+    order = kit.plan_of(job, pp=len(layers), layers=layers).order(job)
+    assert order.skips == skips
+    order.check()

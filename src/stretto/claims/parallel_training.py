@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from stretto.claims.registry import Figure, claim
 from stretto.core.order_schedule import lay_out
-from stretto.core.orders import Action, Order, order_of
+from stretto.core.orders import Action, Message, Order, order_of
 from stretto.core.schedule import Schedule
 from stretto.core.simulate import simulate
 
@@ -103,7 +103,7 @@ class _Costs:
         again = forward - head  # all but the head is computed once more
         return again + self.layers * (2 * self.layer_s + self.sums_s) + 2 * head
 
-    def message(self, action: Action) -> float:
+    def message(self, message: Message) -> float:
         return 0.0
 
     def held(self, action: Action) -> float:
@@ -187,7 +187,7 @@ class _Even:
     def compute(self, action: Action) -> float:
         return (1.0 if action.kind == "forward" else 2.0) / self.chunks
 
-    def message(self, action: Action) -> float:
+    def message(self, message: Message) -> float:
         return 0.0
 
     def held(self, action: Action) -> float:

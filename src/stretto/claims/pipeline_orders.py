@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from stretto.claims.registry import Figure, claim
 from stretto.core.order_schedule import lay_out
-from stretto.core.orders import Action, Order, order_of
+from stretto.core.orders import Action, Message, Order, order_of
 from stretto.core.schedule import Schedule
 from stretto.core.simulate import simulate
 
@@ -46,7 +46,7 @@ class _Costs:
         again = self.recompute and action.micro_batch < count - 1
         return forward * (3.0 if again else 2.0)
 
-    def message(self, action: Action) -> float:
+    def message(self, message: Message) -> float:
         return 0.0
 
     def held(self, action: Action) -> float:

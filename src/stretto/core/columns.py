@@ -1,7 +1,8 @@
-"""How a schedule stores its tasks: columns that users hand in, and blocks of rows in its own numbering."""
+"""How a schedule stores its tasks: columns that users hand in, blocks of rows in its own numbering, and their table."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -98,3 +99,69 @@ class Block(NamedTuple):
     memory_space: Ints
     memory_bytes: Floats
     memory_gives: NDArray[np.int8]
+
+
+class TaskTable:
+    """The tasks of a schedule, a column a property; `columns` are by the names of `PLAIN`, `FLAT` and `ENDS`."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, array[Any]] = {name: array(code) for name, code in (PLAIN | FLAT).items()}
+        self.columns |= {name: array("q") for name in ENDS}
+        self._seconds = self.columns["seconds"]
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def append(self, block: Block) -> range:
+        """Add rows. Returns their ids."""
+        first = len(self)
+        flat: dict[str, NDArray[Any]] = {
+            "lanes": block.lanes.values,
+            "after": block.after.values,
+            "memory_space": block.memory_space,
+            "memory_bytes": block.memory_bytes,
+            "memory_gives": block.memory_gives,
+        }
+        ends = (block.lanes.ptr, block.after.ptr, block.memory_ptr)
+        for name, ptr, beside in zip(ENDS, ends, ("lanes", "after", "memory_space"), strict=True):
+            self.columns[name].frombytes((ptr[1:] + len(self.columns[beside])).tobytes())
+        for name, values in (block.plain | flat).items():
+            self.columns[name].frombytes(values.tobytes())
+        return range(first, len(self))
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column, copied."""
+        column = self.columns[name]
+        return np.array(np.frombuffer(column, dtype=column.typecode))
+
+    def ptr(self, name: str) -> Longs:
+        """Where the ragged rows begin of which column `name` holds the ends, and where the last one ends."""
+        return np.concatenate([np.zeros(1, np.int64), self.column(name)])
+
+    def ragged(self, name: str) -> Ragged:
+        """The rows of "lanes" or of "after"."""
+        return Ragged(self.ptr(f"{name}_end"), self.column(name))
+
+    def block(self, ids: range) -> Block:
+        """The rows of `ids`, copied."""
+
+        def rows(name: str, first: int, stop: int) -> NDArray[Any]:
+            part = self.columns[name][first:stop]
+            return np.array(np.frombuffer(part, dtype=part.typecode))
+
+        def ptr(name: str) -> tuple[int, int, Longs]:
+            ends = self.columns[name]
+            begin = ends[ids.start - 1] if ids.start else 0
+            bounds = np.concatenate([[begin], rows(name, ids.start, ids.stop)]).astype(np.int64)
+            return begin, int(bounds[-1]), bounds - begin
+
+        lanes, after, memory = (ptr(name) for name in ENDS)
+        return Block(
+            {name: rows(name, ids.start, ids.stop) for name in PLAIN},
+            Ragged(lanes[2], rows("lanes", *lanes[:2])),
+            Ragged(after[2], rows("after", *after[:2])),
+            memory[2],
+            rows("memory_space", *memory[:2]),
+            rows("memory_bytes", *memory[:2]),
+            rows("memory_gives", *memory[:2]),
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from stretto.core.orders import Action, Order
+from stretto.core.orders import Action, Message, Order
 from stretto.core.schedule import Schedule
 from stretto.core.trace import Key
 
@@ -16,8 +16,8 @@ class Costs(Protocol):
     def compute(self, action: Action) -> Any:
         """Of the action itself: seconds, or work."""
 
-    def message(self, action: Action) -> Any:
-        """Of bringing its result to another rank: seconds, or work."""
+    def message(self, message: Message) -> Any:
+        """Of bringing a tensor to another rank: seconds, or work."""
 
     def held(self, action: Action) -> float:
         """Bytes that a forward keeps until its backward is done."""
@@ -37,6 +37,7 @@ def lay_out(
     """Add the tasks of one step to `schedule`.
 
     A message between two ranks is a task on a lane of its own a pair and direction: it is under way while both compute.
+    Those of skip connections take their turn on the same lanes.
 
     Args:
         lanes: of each pipeline rank, where it computes.
@@ -51,12 +52,13 @@ def lay_out(
     first = tuple(after)
     numbers = list(ranks or range(order.ranks))
     links: dict[tuple[int, int], int] = {}
-    coming, messages = _ids(order, len(schedule))
+    actions, messages = _ids(order, len(schedule))
     for rank, program in enumerate(order.programs):
         for place, action in enumerate(program):
             kind, micro_batch, stage = action
-            needs = [messages.get(need, coming[need]) for need in order.needs(action) if need.stage != stage]
-            needs += [coming[need] for need in order.needs(action) if need.stage == stage]
+            needs = [messages.get(message, actions[message.source]) for message in order.inputs(action)]
+            if kind == "backward":
+                needs.append(actions[action._replace(kind="forward")])
             held = {spaces[rank]: costs.held(Action("forward", micro_batch, stage))} if spaces else {}
             schedule.add(
                 [lanes[rank]],
@@ -67,31 +69,31 @@ def lay_out(
                 takes=held if kind == "forward" else {},
                 gives=held if kind == "backward" else {},
             )
-            if action in messages:
-                target = order.receiver(action)
-                assert target is not None
-                pair = (rank, order.rank_of(target))
+            for message in filter(order.crosses, order.outputs(action)):
+                pair = (rank, order.rank_of(message.target.stage))
                 if pair not in links:
                     links[pair] = schedule.lane(f"rank {numbers[pair[0]]} to {numbers[pair[1]]}")
+                what = kind if message.skip is None else f"{kind} skip {message.skip}"
                 schedule.add(
                     [links[pair]],
-                    **_cost(costs.message(action)),
-                    after=[coming[action]],
-                    key=Key(f"send {kind}", step, micro_batch, stage, numbers[rank]),
+                    **_cost(costs.message(message)),
+                    after=[actions[action]],
+                    key=Key(f"send {what}", step, micro_batch, stage, numbers[rank]),
                 )
-    return coming
+    return actions
 
 
-def _ids(order: Order, first: int) -> tuple[dict[Action, int], dict[Action, int]]:
+def _ids(order: Order, first: int) -> tuple[dict[Action, int], dict[Message, int]]:
     """The tasks of actions and of messages as `lay_out` numbers them."""
-    actions, messages, number = {}, {}, first
-    for rank, program in enumerate(order.programs):
+    actions: dict[Action, int] = {}
+    messages: dict[Message, int] = {}
+    number = first
+    for program in order.programs:
         for action in program:
             actions[action] = number
             number += 1
-            target = order.receiver(action)
-            if target is not None and order.rank_of(target) != rank:
-                messages[action] = number
+            for message in filter(order.crosses, order.outputs(action)):
+                messages[message] = number
                 number += 1
     return actions, messages
 

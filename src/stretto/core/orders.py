@@ -9,13 +9,17 @@ with several *chunks* a rank holds stages that are not neighbours. One table is 
 - interleaved 1F1B: the same with several chunks a rank (Megatron-LM, Narayanan et al., 2021);
 - looped breadth-first: with several chunks, all micro-batches of a chunk first (Lamy-Poirier, 2023).
 
+A result goes to the next stage. A model may also have skip connections, whose tensors go from the stage that makes them
+straight to the one that takes them, past those between, and their gradients straight back (the portals of torchgpipe,
+Kim et al., 2020).
+
 Backwards of a stage come in ascending order of the micro-batches in each of them, so that gradients are summed in one
 order and come out with the same bits whichever is chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -34,6 +38,20 @@ class Action(NamedTuple):
         return f"{self.kind} of micro-batch {self.micro_batch} in stage {self.stage}"
 
 
+class Message(NamedTuple):
+    """A tensor that one action makes and another of its kind and micro-batch takes.
+
+    `skip` is the number of the skip connection that it goes by, None for the result that goes to the next stage.
+    """
+
+    source: Action
+    target: Action
+    skip: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.source) if self.skip is None else f"skip connection {self.skip} of the {self.source}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """What each rank does in one step.
@@ -42,12 +60,15 @@ class Order:
         name: of the order, as in `ORDERS`.
         stages: pieces of the model, a multiple of the ranks.
         programs: of each rank, its actions in turn.
+        skips: of each skip connection, the stage that makes its tensor and the later one that takes it; the same stage
+            twice where it goes nowhere.
     """
 
     name: str
     stages: int
     micro_batches: int
     programs: tuple[tuple[Action, ...], ...]
+    skips: tuple[tuple[int, int], ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -58,16 +79,34 @@ class Order:
 
     def needs(self, action: Action) -> tuple[Action, ...]:
         """The actions that must be done before `action`, beside those before it on its rank."""
-        kind, micro_batch, stage = action
-        if kind == "forward":
-            return (Action("forward", micro_batch, stage - 1),) if stage else ()
-        own = Action("forward", micro_batch, stage)
-        return (own,) if stage == self.stages - 1 else (own, Action("backward", micro_batch, stage + 1))
+        sources = [message.source for message in self.inputs(action)]
+        if action.kind == "backward":
+            sources.insert(0, action._replace(kind="forward"))
+        return tuple(dict.fromkeys(sources))
 
-    def receiver(self, action: Action) -> int | None:
-        """The stage that the result of `action` goes to, None at either end of the model."""
-        stage = action.stage + (1 if action.kind == "forward" else -1)
-        return stage if 0 <= stage < self.stages else None
+    def outputs(self, action: Action) -> tuple[Message, ...]:
+        """What other stages take of an action's results, that for the next stage first."""
+        ends = self._ends(action, 1 if action.kind == "forward" else -1, forward=action.kind == "forward")
+        return tuple(Message(action, end, skip) for end, skip in ends)
+
+    def inputs(self, action: Action) -> tuple[Message, ...]:
+        """What an action takes of the results of other stages, that of the stage before it first."""
+        ends = self._ends(action, -1 if action.kind == "forward" else 1, forward=action.kind == "backward")
+        return tuple(Message(end, action, skip) for end, skip in ends)
+
+    def _ends(self, action: Action, step: int, *, forward: bool) -> Iterator[tuple[Action, int | None]]:
+        """Where lines end that begin with `action`: one a `step` of stages on, skips as they are or in reverse."""
+        kind, micro_batch, stage = action
+        if 0 <= stage + step < self.stages:
+            yield Action(kind, micro_batch, stage + step), None
+        for number, pair in enumerate(self.skips):
+            begin, end = pair if forward else pair[::-1]
+            if begin == stage != end:
+                yield Action(kind, micro_batch, end), number
+
+    def crosses(self, message: Message) -> bool:
+        """Whether a message goes to another rank."""
+        return self.rank_of(message.source.stage) != self.rank_of(message.target.stage)
 
     def in_flight(self, rank: int) -> int:
         """Most forwards of `rank` whose backwards are yet to come."""
@@ -88,6 +127,8 @@ class Order:
             ValueError: an action is missing or stands twice, or the ranks wait for each other; each of them is named
                 with what it waits for.
         """
+        if not all(0 <= first <= last < self.stages for first, last in self.skips):
+            raise ValueError(f"order {self.name}: skips {self.skips} must lead from a stage to a later one")
         wanted = {Action(kind, m, s) for kind in KINDS for m in range(self.micro_batches) for s in range(self.stages)}
         listed = [action for program in self.programs for action in program]
         for action in listed:
@@ -113,11 +154,12 @@ class _Play:
 
     def __init__(self, order: Order, slots: int | None) -> None:
         self.order = order
+        self.inputs, self.needs = cache(order.inputs), cache(order.needs)
         self.slots = slots
         self.at = [0] * order.ranks
         self.done: set[Action] = set()
-        self.lying: dict[tuple[int, int], set[Action]] = {}
-        self.unsent: dict[int, Action] = {}
+        self.lying: dict[tuple[int, int], set[Message]] = {}
+        self.unsent: dict[int, list[Message]] = {}
 
     def run(self) -> list[str]:
         """What each rank that is stuck waits for; none if all got through."""
@@ -138,30 +180,31 @@ class _Play:
 
     def _do(self, rank: int) -> bool:
         action = self.order.programs[rank][self.at[rank]]
-        if any(need not in self.done for need in self.order.needs(action)):
+        inputs = self.inputs(action)
+        if any(need not in self.done for need in self.needs(action)):
             return False
-        if any(need in self.unsent.values() for need in self.order.needs(action)):
+        if any(message in self.unsent.get(self.order.rank_of(message.source.stage), ()) for message in inputs):
             return False
         for lying in self.lying.values():
-            lying.difference_update(self.order.needs(action))
+            lying.difference_update(inputs)
         self.done.add(action)
         self.at[rank] += 1
-        target = self.order.receiver(action)
-        if target is not None and self.order.rank_of(target) != rank:
-            self.unsent[rank] = action
-            self._send(rank)
+        leaving = [message for message in self.order.outputs(action) if self.order.crosses(message)]
+        if leaving:
+            self.unsent[rank] = leaving
         return True
 
     def _send(self, rank: int) -> bool:
-        action = self.unsent[rank]
-        target = self.order.receiver(action)
-        assert target is not None
-        receiver = self.order.rank_of(target)
+        message = self.unsent[rank][0]
+        receiver = self.order.rank_of(message.target.stage)
         lying = self.lying.setdefault((rank, receiver), set())
-        taken = {need for next_ in self._next(receiver) for need in self.order.needs(next_)}
-        if self.slots is not None and len(lying - taken) >= self.slots and action not in taken:
+        taken = {each for next_ in self._next(receiver) for each in self.inputs(next_)}
+        if self.slots is not None and len(lying - taken) >= self.slots and message not in taken:
             return False
-        lying.add(self.unsent.pop(rank))
+        lying.add(message)
+        del self.unsent[rank][0]
+        if not self.unsent[rank]:
+            del self.unsent[rank]
         return True
 
     def _next(self, rank: int) -> list[Action]:
@@ -172,9 +215,9 @@ class _Play:
 
     def _why(self, rank: int) -> str:
         if rank in self.unsent:
-            return f"rank {rank} waits for room to send the {self.unsent[rank]}"
+            return f"rank {rank} waits for room to send the {self.unsent[rank][0]}"
         action = self.order.programs[rank][self.at[rank]]
-        missing = [str(need) for need in self.order.needs(action) if need not in self.done]
+        missing = [str(need) for need in self.needs(action) if need not in self.done]
         return f"rank {rank} waits before the {action} for the {' and the '.join(missing)}"
 
 

@@ -9,16 +9,16 @@ a task.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stretto.core.checks import Checks
-from stretto.core.columns import ENDS, FLAT, PLAIN, Block, Columns, Distinct
-from stretto.core.timed import Floats, Ints, Longs, Ragged, Timed, Use, offsets, task_name
+from stretto.core.columns import PLAIN, Block, Columns, Distinct, TaskTable
+from stretto.core.repeat import Advancing, repeated
+from stretto.core.timed import Floats, Ints, Ragged, Timed, Use, draws, offsets, task_name
 from stretto.core.trace import Key
 
 _TASK = Key("task")
@@ -39,9 +39,6 @@ class Task(NamedTuple):
     priority: float
 
 
-_ADVANCING = Literal["step", "micro_batch"]
-
-
 class Schedule:
     """Tasks on lanes, as data."""
 
@@ -49,12 +46,10 @@ class Schedule:
         self._lanes: list[tuple[str, int, bool]] = []
         self._spaces: list[tuple[str, float]] = []
         self._works, self._ops, self._phases = Distinct(), Distinct(), Distinct()
-        self._columns: dict[str, array[Any]] = {name: array(code) for name, code in (PLAIN | FLAT).items()}
-        self._columns |= {name: array("q") for name in ENDS}
-        self._seconds = self._columns["seconds"]
+        self._table = TaskTable()
 
     def __len__(self) -> int:
-        return len(self._seconds)
+        return len(self._table)
 
     # --- what tasks hold
 
@@ -118,7 +113,7 @@ class Schedule:
         """
         if seconds is not None and work is not None:
             raise ValueError(f"{task_name(len(self), key)} has both seconds and work; give one of them")
-        c = self._columns
+        c = self._table.columns
         phase, step, micro_batch, stage, rank = key
         c["seconds"].append(np.nan if seconds is None else seconds)
         c["work"].append(-1 if work is None else self._works.number(work))
@@ -179,7 +174,7 @@ class Schedule:
         rows = np.ascontiguousarray(columns.memory_row, np.int64)
         if bool((np.diff(rows) < 0).any()) or (len(rows) and not 0 <= rows[0] <= rows[-1] < size):
             raise ValueError(f"columns: memory_row must rise and lie in 0 to {size - 1}")
-        return self._append(
+        return self._table.append(
             Block(
                 plain,
                 lanes,
@@ -197,7 +192,7 @@ class Schedule:
         times: int,
         *,
         carried: Iterable[tuple[int, int]] = (),
-        advance: _ADVANCING | None = None,
+        advance: Advancing | None = None,
     ) -> range:
         """Append `times` further copies of the tasks of `template`, which is copy 0.
 
@@ -220,55 +215,7 @@ class Schedule:
         for pair in pairs:
             if pair[0] not in template or pair[1] not in template:
                 raise ValueError(f"carried pair {pair} must lie in the template {template}")
-        block = self._block(template)
-        plain = {name: np.tile(values, times) for name, values in block.plain.items()}
-        if advance is not None:
-            copy = np.repeat(np.arange(1, times + 1, dtype=np.int32), len(template))
-            plain[advance] = np.where(plain[advance] >= 0, plain[advance] + copy, plain[advance])
-        return self._append(
-            Block(
-                plain,
-                _tiled(block.lanes, times),
-                self._repeated_after(block.after, template, times, pairs),
-                offsets(np.tile(np.diff(block.memory_ptr), times)),
-                np.tile(block.memory_space, times),
-                np.tile(block.memory_bytes, times),
-                np.tile(block.memory_gives, times),
-            )
-        )
-
-    def _repeated_after(self, after: Ragged, template: range, times: int, carried: list[tuple[int, int]]) -> Ragged:
-        pairs = np.array(carried, np.int64).reshape(-1, 2)
-        owner = np.concatenate([after.owner, pairs[:, 1] - template.start])
-        target = np.concatenate([after.values.astype(np.int64), pairs[:, 0]])
-        inside = (target >= template.start) & (target < template.stop)
-        back = np.arange(len(owner)) >= len(after.values)
-        order = np.argsort(owner, kind="stable")
-        owner, target, inside, back = owner[order], target[order], inside[order], back[order]
-
-        size = len(template)
-        first = len(self) + size * np.arange(-1, times, dtype=np.int64) - template.start  # shift of copy k, from k = 0
-        first[0] = 0
-        shift = np.where(back, first[:-1, None], first[1:, None])
-        index = (target + np.where(inside, shift, 0)).astype(np.int32)
-        counts = np.tile(np.bincount(owner, minlength=size), times)
-        return Ragged(offsets(counts), index.ravel())
-
-    def _append(self, block: Block) -> range:
-        first = len(self)
-        flat: dict[str, NDArray[Any]] = {
-            "lanes": block.lanes.values,
-            "after": block.after.values,
-            "memory_space": block.memory_space,
-            "memory_bytes": block.memory_bytes,
-            "memory_gives": block.memory_gives,
-        }
-        ends = (block.lanes.ptr, block.after.ptr, block.memory_ptr)
-        for name, ptr, beside in zip(ENDS, ends, ("lanes", "after", "memory_space"), strict=True):
-            self._columns[name].frombytes((ptr[1:] + len(self._columns[beside])).tobytes())
-        for name, values in (block.plain | flat).items():
-            self._columns[name].frombytes(values.tobytes())
-        return range(first, len(self))
+        return self._table.append(repeated(self._table.block(template), template, times, pairs, advance, len(self)))
 
     # --- tasks out
 
@@ -280,12 +227,12 @@ class Schedule:
     @property
     def work_column(self) -> Ints:
         """Of each task, the number of its work in `works`; -1 where it has seconds instead."""
-        return self._column("work")
+        return self._table.column("work")
 
     @property
     def seconds_column(self) -> Floats:
         """Of each task, its seconds; NaN where it has work instead."""
-        return self._column("seconds")
+        return self._table.column("seconds")
 
     @property
     def lane_names(self) -> tuple[str, ...]:
@@ -296,7 +243,7 @@ class Schedule:
         """Task number `id`, unpacked."""
         if not 0 <= id < len(self):
             raise ValueError(f"task {id} is not in 0 to {len(self) - 1}")
-        block = self._block(range(id, id + 1))
+        block = self._table.block(range(id, id + 1))
         value = {name: column[0].item() for name, column in block.plain.items()}
         given = block.memory_gives.astype(bool)
         changes = [
@@ -318,7 +265,7 @@ class Schedule:
 
     def program(self, lane: int) -> list[int]:
         """Ids of the tasks that hold `lane`, in the order in which they were inserted."""
-        held = self._ragged("lanes")
+        held = self._table.ragged("lanes")
         return [int(task) for task in held.owner[held.values == lane]]
 
     def timed(
@@ -348,11 +295,11 @@ class Schedule:
             work = self.work_column[task]
             why = f"its work {self.works[work]!r} was not lowered" if work >= 0 else "nor work"
             raise ValueError(f"{self._name(task)} has no seconds; {why}")
-        resources = dict(capacity or {})
-        draws, amounts = self._draws(use, len(resources))
-        after, held = self._ragged("after"), self._ragged("lanes")
-        sizes, gives = self._column("memory_bytes"), self._column("memory_gives").astype(bool)
-        memory = Ragged(self._ptr("memory_end"), self._column("memory_space"))
+        table, resources = self._table, dict(capacity or {})
+        rows, amounts = draws(use, len(self), len(resources), self._name)
+        after, held = table.ragged("after"), table.ragged("lanes")
+        sizes, gives = table.column("memory_bytes"), table.column("memory_gives").astype(bool)
+        memory = Ragged(table.ptr("memory_end"), table.column("memory_space"))
         return Timed(
             lanes=self.lane_names,
             widths=np.array([width for _, width, _ in self._lanes], np.int32),
@@ -362,7 +309,7 @@ class Schedule:
             after=after,
             resources=tuple(resources),
             capacity=np.array(list(resources.values()), np.float64),
-            use=draws,
+            use=rows,
             use_amount=amounts,
             weight=np.ones(len(self)) if weight is None else self._sized("weight", weight),
             spaces=tuple(name for name, _ in self._spaces),
@@ -372,26 +319,8 @@ class Schedule:
             memory_bytes=np.where(gives, -sizes, sizes),
             memory_finish=gives,
             phases=tuple(self._phases.values),
-            **{name: self._column(name) for name in ("phase", "step", "micro_batch", "stage", "rank", "priority")},
+            **{name: table.column(name) for name in ("phase", "step", "micro_batch", "stage", "rank", "priority")},
         )
-
-    def _draws(self, use: Use | None, num_resources: int) -> tuple[Ragged, Floats]:
-        if use is None:
-            return Ragged.empty(len(self)), np.zeros(0)
-        task, resource = np.asarray(use.task, np.int64), np.asarray(use.resource, np.int64)
-        amount = np.asarray(use.amount, np.float64)
-        for name, column, limit in (("task", task, len(self)), ("resource", resource, num_resources)):
-            if len(column) and (column.min() < 0 or column.max() >= limit):
-                raise ValueError(f"use: {name} must lie in 0 to {limit - 1}")
-        if not bool((amount >= 0).all()):
-            row = int(np.argmin(amount >= 0))
-            raise ValueError(f"{self._name(int(task[row]))} draws {amount[row]} of a shared resource")
-        drawn = amount > 0
-        cell, place = np.unique(task[drawn] * max(num_resources, 1) + resource[drawn], return_inverse=True)
-        sums = np.bincount(place, weights=amount[drawn], minlength=len(cell))
-        owner, index = np.divmod(cell, max(num_resources, 1))
-        rows = Ragged(offsets(np.bincount(owner, minlength=len(self))), index.astype(np.int32))
-        return rows, sums.astype(np.float64)
 
     def _sized(self, name: str, values: ArrayLike) -> Floats:
         column = np.ascontiguousarray(values, np.float64)
@@ -410,10 +339,10 @@ class Schedule:
                 seconds, negative memory, or a cycle over dependencies and lane order.
         """
         Checks(
-            held=self._ragged("lanes"),
-            after=self._ragged("after"),
-            spaces=Ragged(self._ptr("memory_end"), self._column("memory_space")),
-            memory_bytes=self._column("memory_bytes"),
+            held=self._table.ragged("lanes"),
+            after=self._table.ragged("after"),
+            spaces=Ragged(self._table.ptr("memory_end"), self._table.column("memory_space")),
+            memory_bytes=self._table.column("memory_bytes"),
             seconds=self.seconds_column,
             work=self.work_column,
             widths=np.array([width for _, width, _ in self._lanes], np.int32),
@@ -421,50 +350,10 @@ class Schedule:
             name=self._name,
         ).run()
 
-    # --- columns
-
-    def _column(self, name: str) -> NDArray[Any]:
-        column = self._columns[name]
-        return np.array(np.frombuffer(column, dtype=column.typecode))
-
-    def _ptr(self, name: str) -> Longs:
-        return np.concatenate([np.zeros(1, np.int64), self._column(name)])
-
-    def _ragged(self, name: str) -> Ragged:
-        return Ragged(self._ptr(f"{name}_end"), self._column(name))
-
-    def _block(self, ids: range) -> Block:
-        """The rows of `ids`, copied."""
-
-        def rows(name: str, first: int, stop: int) -> NDArray[Any]:
-            part = self._columns[name][first:stop]
-            return np.array(np.frombuffer(part, dtype=part.typecode))
-
-        def ptr(name: str) -> tuple[int, int, Longs]:
-            ends = self._columns[name]
-            begin = ends[ids.start - 1] if ids.start else 0
-            bounds = np.concatenate([[begin], rows(name, ids.start, ids.stop)]).astype(np.int64)
-            return begin, int(bounds[-1]), bounds - begin
-
-        lanes, after, memory = (ptr(name) for name in ENDS)
-        return Block(
-            {name: rows(name, ids.start, ids.stop) for name in PLAIN},
-            Ragged(lanes[2], rows("lanes", *lanes[:2])),
-            Ragged(after[2], rows("after", *after[:2])),
-            memory[2],
-            rows("memory_space", *memory[:2]),
-            rows("memory_bytes", *memory[:2]),
-            rows("memory_gives", *memory[:2]),
-        )
-
     def _key(self, task: int) -> Key:
-        c = self._columns
+        c = self._table.columns
         numbers = (c[name][task] for name in ("step", "micro_batch", "stage", "rank"))
         return Key(self._phases.values[c["phase"][task]], *numbers)
 
     def _name(self, task: int) -> str:
         return task_name(task, self._key(task))
-
-
-def _tiled(rows: Ragged, times: int) -> Ragged:
-    return Ragged(offsets(np.tile(np.diff(rows.ptr), times)), np.tile(rows.values, times))

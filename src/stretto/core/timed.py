@@ -7,7 +7,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +71,30 @@ class Use:
     task: ArrayLike
     resource: ArrayLike
     amount: ArrayLike
+
+
+def draws(use: Use | None, tasks: int, resources: int, name: Callable[[int], str]) -> tuple[Ragged, Floats]:
+    """The resources of each of so many tasks, and the units it draws of each, several draws added up.
+
+    Raises:
+        ValueError: an unknown task or resource, or an amount that is negative or no number; `name` names the task.
+    """
+    if use is None:
+        return Ragged.empty(tasks), np.zeros(0)
+    task, resource = np.asarray(use.task, np.int64), np.asarray(use.resource, np.int64)
+    amount = np.asarray(use.amount, np.float64)
+    for what, column, limit in (("task", task, tasks), ("resource", resource, resources)):
+        if len(column) and (column.min() < 0 or column.max() >= limit):
+            raise ValueError(f"use: {what} must lie in 0 to {limit - 1}")
+    if not bool((amount >= 0).all()):
+        row = int(np.argmin(amount >= 0))
+        raise ValueError(f"{name(int(task[row]))} draws {amount[row]} of a shared resource")
+    drawn = amount > 0
+    cell, place = np.unique(task[drawn] * max(resources, 1) + resource[drawn], return_inverse=True)
+    sums = np.bincount(place, weights=amount[drawn], minlength=len(cell))
+    owner, index = np.divmod(cell, max(resources, 1))
+    rows = Ragged(offsets(np.bincount(owner, minlength=tasks)), index.astype(np.int32))
+    return rows, sums.astype(np.float64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

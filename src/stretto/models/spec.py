@@ -33,6 +33,15 @@ DTYPE_BYTES: Mapping[str, float] = {
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
+def unet_pairs(layers: int) -> tuple[tuple[int, int], ...]:
+    """Each layer of the first half with its like of the second; one in the middle stays alone.
+
+    >>> unet_pairs(5)
+    ((0, 4), (1, 3))
+    """
+    return tuple((layer, layers - 1 - layer) for layer in range(layers // 2))
+
+
 def bytes_of(dtype: str) -> float:
     """Bytes an element of `dtype`; a `UserError` names the known types."""
     try:
@@ -83,6 +92,9 @@ class ModelSpec:
         exact.
         experts, top_k: experts of each MLP, each of width `ffn`, and how many of them a token goes to; 0 and 0 for
         a dense model.
+        skips: "unet": the result of layer i of L, times a weight that is learned, is added to what enters layer
+        L-1-i, as in U-shaped transformers (Bao et al., "All are worth words", CVPR 2023; decoders of this kind: the
+        speed runs of KellerJordan/modded-nanogpt, 2024).
     """
 
     family: str
@@ -102,6 +114,7 @@ class ModelSpec:
     max_positions: int = 2048
     experts: int = 0
     top_k: int = 0
+    skips: Literal["none", "unet"] = "none"
 
     def __post_init__(self) -> None:
         require(self.family in FAMILIES, "family", self.family, f"one of {', '.join(FAMILIES)}")
@@ -114,6 +127,7 @@ class ModelSpec:
         require(0 <= self.experts <= 4096, "experts", self.experts, "from 0, none, to 4096")
         top = (1 if self.experts else 0, self.experts)
         require(top[0] <= self.top_k <= top[1], "top_k", self.top_k, f"from {top[0]} to {top[1]}")
+        require(self.skips in ("none", "unet"), "skips", self.skips, "none or unet")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, file: str = "config.json") -> ModelSpec:
@@ -162,7 +176,12 @@ class ModelSpec:
         router = self.experts * self.hidden
         layer = attention + extra + router + 3 * self.hidden * self.ffn * max(1, self.experts) + 2 * self.hidden
         tables = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
-        return self.layers * layer + tables + self.hidden
+        return self.layers * layer + tables + self.hidden + len(self.skip_pairs)
+
+    @property
+    def skip_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Of each skip connection, the layer that makes its tensor and the one before which it is added."""
+        return unet_pairs(self.layers) if self.skips == "unet" else ()
 
     def weight_bytes(self, dtype: str) -> float:
         """Bytes of all weights stored as `dtype`."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stretto.core.errors import UserError
-from stretto.models.causal import Placement
+from stretto.models.causal_layers import Placement
 from stretto.train.trainer import Trainer
 
 FORMAT = 1

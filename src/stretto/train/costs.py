@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from stretto.core.orders import Action, Order
+from stretto.core.orders import Action, Message, Order
 from stretto.hardware import cost
 from stretto.hardware.cluster import Cluster
 from stretto.hardware.lower import Collective, Transfer, Work, of_work
@@ -80,8 +80,12 @@ class StepCosts:
     def compute(self, action: Action) -> float:
         return self._once("compute", action)
 
-    def message(self, action: Action) -> float:
-        return self._once("message", action)
+    def message(self, message: Message) -> float:
+        source, target = message.source, message.target
+        key = (f"message to {target.stage}", source.kind, source.stage)
+        if key not in self._known:
+            self._known[key] = self._message(source.stage, target.stage)
+        return self._known[key]
 
     def held(self, action: Action) -> float:
         return self._once("held", action)
@@ -105,14 +109,12 @@ class StepCosts:
             seconds += self._pass_s("head", forward)
         return seconds
 
-    def _message(self, action: Action) -> float:
+    def _message(self, *stages: int) -> float:
         bytes_ = self.boundary_bytes / self.plan.tp
         table = self._table("message")
         if table is not None:
             return table.at(bytes_).value
-        target = self.order.receiver(action)
-        assert target is not None
-        source, other = (self.device(self.order.rank_of(stage)) for stage in (action.stage, target))
+        source, other = (self.device(self.order.rank_of(stage)) for stage in stages)
         return self._seconds(Transfer(source=source, target=other, bytes=bytes_)) if source != other else 0.0
 
     def _held(self, action: Action) -> float:

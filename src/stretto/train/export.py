@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from stretto.core.errors import UserError
-from stretto.models.causal import CausalStage, Lora, initialise, load_weights
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import Lora
+from stretto.models.causal_weights import initialise, load_weights
 from stretto.models.configs import config_of
 from stretto.models.tokenizer import Tokenizer
 from stretto.train.checkpoint import Reader
@@ -106,7 +108,7 @@ def _adapter_config(job: TrainJob) -> dict[str, Any]:
         "base_model_name_or_path": job.model,
         "r": job.adapters.rank,
         "lora_alpha": job.adapters.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": job.adapters.dropout,
         "bias": "none",
         "target_modules": list(job.adapters.targets),
     }

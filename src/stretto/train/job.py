@@ -9,7 +9,12 @@ from stretto.core.errors import FieldError, require
 from stretto.core.orders import ORDERS
 from stretto.models.spec import ModelSpec
 
+_MOST_DROPOUT = 0.9
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _require_chance(dropout: float) -> None:
+    require(0 <= dropout <= _MOST_DROPOUT, "dropout", dropout, f"in [0, {_MOST_DROPOUT}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,8 @@ class Shape:
         head_dim: None: hidden / heads.
         experts, top_k: experts of each MLP, and how many of them a token goes to; 0: a dense model.
         tied_embeddings: the head is the embedding's table.
+        dropout: chance of what attention and MLPs add to the residual stream to be dropped in training (0 .. 0.9).
+        skips: "unet": results of the first half's layers are added to what enters the second half's, see `ModelSpec`.
     """
 
     layers: int
@@ -32,8 +39,12 @@ class Shape:
     experts: int = 0
     top_k: int = 0
     tied_embeddings: bool = True
+    dropout: float = 0.0
+    skips: Literal["none", "unet"] = "none"
 
     def __post_init__(self) -> None:
+        _require_chance(self.dropout)
+        require(self.skips == "none" or self.layers >= 2, "layers", self.layers, "at least 2 for skip connections")
         self.spec(vocab=2, positions=2)
 
     def spec(self, *, vocab: int, positions: int) -> ModelSpec:
@@ -51,6 +62,7 @@ class Shape:
             max_positions=positions,
             experts=self.experts,
             top_k=self.top_k,
+            skips=self.skips,
         )
 
 
@@ -62,15 +74,18 @@ class Adapters:
         rank: of each.
         alpha: scale of their outputs, over the rank.
         targets: which projections get one.
+        dropout: chance of each number that enters one to be dropped in training (0 .. 0.9).
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = PROJECTIONS
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 4096, "rank", self.rank, "in 1 .. 4096")
         require(self.alpha > 0, "alpha", self.alpha, "positive")
+        _require_chance(self.dropout)
         unknown = [name for name in self.targets if name not in PROJECTIONS]
         require(bool(self.targets) and not unknown, "targets", list(self.targets), f"of {', '.join(PROJECTIONS)}")
 
@@ -174,7 +189,7 @@ class TrainJob:
         keep: how many checkpoints stay.
         export: a new folder for the trained model in Hugging Face's form.
         timeout_s: how long a rank waits for another before it gives up.
-        seed: of the order of the sequences, and of a new model.
+        seed: of the order of the sequences, of a new model, and of what is dropped.
     """
 
     kind: Literal["train"] = "train"
@@ -216,6 +231,15 @@ class TrainJob:
             require(value is None or value >= 1, name, value, "at least 1 step, or left out")
         require(self.save_every is None or self.checkpoint is not None, "checkpoint", None, "a folder, to save into")
         require(self.export is None or self.checkpoint is not None, "checkpoint", None, "a folder, to export from")
+        if self.export is not None and self.shape is not None and self.shape.skips != "none":
+            raise FieldError(
+                "export", self.export, "left out with `shape.skips`: Hugging Face has no decoder with skip connections"
+            )
         require(0 <= self.held_out < 0.5, "held_out", self.held_out, "in [0, 0.5)")
         require(1 <= self.keep <= 1000, "keep", self.keep, "in 1 .. 1000")
         require(1 <= self.timeout_s <= 86400, "timeout_s", self.timeout_s, "in 1 .. 86400 seconds")
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped by chance."""
+        return any(each is not None and each.dropout > 0 for each in (self.shape, self.adapters))

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from stretto.comm.transport import Axis, Transport
-from stretto.models.causal import CausalStage, Lora, Split, initialise
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import Lora, Split
+from stretto.models.causal_weights import initialise
 from stretto.train import optimize
 from stretto.train.job import TrainJob
 from stretto.train.plan import TrainPlan

@@ -1,7 +1,8 @@
 """Most bytes of tensors that a rank holds at once: its walk through a step, with what each piece holds (`traced`).
 
 Weights and the optimizer's moments are always there. Activations come with each forward and go with its backward, as
-the pipeline's order has it; gradients come with a stage's first backward. Then gradients are summed over the ranks
+the pipeline's order has it, and tensors of skip connections with the forward that takes them; gradients come with a
+stage's first backward. Then gradients are summed over the ranks
 bucket by bucket, and the optimizer makes its copies.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stretto.core.orders import Action, Order
+from stretto.core.orders import KINDS, Action, Message, Order
 from stretto.models.spec import ModelSpec
 from stretto.train.job import TrainJob
 from stretto.train.optimize import DATA_AXES, in_buckets
@@ -31,13 +32,29 @@ def peak_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> list[float]:
 
 def held_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec, stage: int) -> float:
     """Bytes that a forward of a stage keeps until its backward."""
-    pieces = pass_bytes(job, plan, spec)
-    return sum(pieces[name].kept for name in _pieces(plan, stage))
+    pieces, order = pass_bytes(job, plan, spec), plan.order(job)
+    skips = sum(message.skip is not None for message in _arriving(order, Action("forward", 0, stage)))
+    return sum(pieces[name].kept for name in _pieces(plan, stage)) + skips * _boundary_bytes(job, plan, spec)
 
 
 def trained_numel(job: TrainJob, plan: TrainPlan, spec: ModelSpec, pipeline_rank: int) -> float:
     """Numbers that a rank trains."""
     return float(sum(each.numel for each in _of_rank(job, plan, spec, pipeline_rank) if each.trained))
+
+
+def _boundary_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> float:
+    """Of a tensor that goes from stage to stage."""
+    return _width(job) * plan.micro_batch * (job.sequence // plan.cp) * spec.hidden
+
+
+def _width(job: TrainJob) -> float:
+    """Bytes of a number."""
+    return 8.0 if job.dtype == "fp64" else 4.0
+
+
+def _arriving(order: Order, action: Action) -> list[Message]:
+    """What comes from other ranks for an action."""
+    return [message for message in order.inputs(action) if order.crosses(message)]
 
 
 def _pieces(plan: TrainPlan, stage: int) -> Iterator[str]:
@@ -66,7 +83,7 @@ class _Walk:
 
     def __init__(self, job: TrainJob, plan: TrainPlan, spec: ModelSpec, order: Order, rank: int):
         self.job, self.plan, self.spec, self.order, self.rank = job, plan, spec, order, rank
-        self.width = 8.0 if job.dtype == "fp64" else 4.0
+        self.width = _width(job)
         self.pieces = pass_bytes(job, plan, spec)
         self.mine = _of_rank(job, plan, spec, rank)
         self.grads_of = {
@@ -75,13 +92,19 @@ class _Walk:
         }
         if plan.pp * plan.chunks == 1 and spec.tied_embeddings:
             self.grads_of["embed"] = 0.0  # the head's backward has made them
-        self.boundary = self.width * plan.micro_batch * (job.sequence // plan.cp) * spec.hidden
-        chunks = plan.chunks
-        # The next input of each way is asked for ahead.
-        receives = (rank > 0 or chunks > 1) + (rank < plan.pp - 1 or chunks > 1) if plan.pp > 1 else 0
-        self.asked = receives * self.boundary
+        self.boundary = _boundary_bytes(job, plan, spec)
+        # The next inputs of each way are asked for ahead.
+        asked = [max(len(_arriving(order, Action(kind, 0, stage))) for stage in plan.stages_of(rank)) for kind in KINDS]
+        self.asked = sum(asked) * self.boundary
         self.held = self.grads = self.sent = self.most = 0.0
         self.begun: set[int] = set()
+        # Skip connections inside a stage, by the layer that takes: from its backward on until that of the layer that
+        # made the tensor lies a gradient.
+        self.inside = {
+            taken: made
+            for made, taken in spec.skip_pairs
+            if any({made, taken} <= set(plan.stage_layers(stage)) for stage in plan.stages_of(rank))
+        }
 
     def peak(self) -> float:
         for action in self.order.programs[self.rank]:
@@ -96,23 +119,40 @@ class _Walk:
         return weights + trained * _MOMENTS[optimizer] + self.most
 
     def _forward(self, action: Action) -> None:
-        if action.stage:
-            self.held += self.boundary  # what came in
+        self.held += self._came(action)
         for name in _pieces(self.plan, action.stage):
             self._see(self.pieces[name].forward)
             self.held += self.pieces[name].kept
 
     def _backward(self, action: Action) -> None:
-        if action.stage:
-            self.sent += self.boundary  # a gradient on its way, until the step ends
+        crosses, out = self.order.crosses, self.order.outputs(action)
+        skips = [message for message in self.order.inputs(action) if message.skip is not None]
+        lines = {self.spec.skip_pairs[each.skip][1]: each for each in out if each.skip is not None}
+        # Gradients on their way to other ranks are held until the step ends. Those of skip connections that came, or
+        # lie here since the backward of a later stage of this rank, are held until this backward is done.
+        self.sent += sum(crosses(each) for each in out if each.skip is None) * self.boundary
+        self.held += sum(map(crosses, skips)) * self.boundary
+        layers = iter(reversed(self.plan.stage_layers(action.stage)))
         for name in reversed(list(_pieces(self.plan, action.stage))):
+            layer = next(layers) if name == "layer" else -1
+            if layer in self.inside.values():
+                self.held -= self.boundary
             self.held -= self.pieces[name].kept
             self._see(self.pieces[name].backward)
+            if layer in lines and crosses(lines[layer]):
+                self.sent += self.boundary
+            elif layer in lines or layer in self.inside:
+                self.held += self.boundary
             if action.stage not in self.begun:
                 self.grads += self.grads_of[name]
         self.begun.add(action.stage)
-        if action.stage:
-            self.held -= self.boundary
+        self.held -= len(skips) * self.boundary
+        self.held -= self._came(action._replace(kind="forward"))
+
+    def _came(self, action: Action) -> float:
+        """Bytes that a forward takes from other stages; skip connections from this rank lie here anyway."""
+        skips = sum(message.skip is not None for message in _arriving(self.order, action))
+        return ((action.stage > 0) + skips) * self.boundary
 
     def _see(self, more: float) -> None:
         self.most = max(self.most, self.held + self.grads + self.sent + self.asked + more)

@@ -13,7 +13,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from stretto.comm.transport import Axis, Transport
-from stretto.models.causal import CausalStage, Placement
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import Placement
 from stretto.train.job import Optimizer
 
 DATA_AXES = ("dp", "ep", "cp")

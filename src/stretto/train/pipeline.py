@@ -1,7 +1,8 @@
 """One rank's walk through a pipeline order: receive, compute, send, as the table says.
 
 The table is the one that was simulated. Inputs of the next forward and of the next backward are asked for ahead, and
-results are sent while the rank goes on, so that messages travel beside the computing. With tensor parallelism the
+results are sent while the rank goes on, so that messages travel beside the computing. Tensors of skip connections go
+straight to the stage that takes them, and their gradients straight back. With tensor parallelism the
 ranks of a stage hold the same boundary tensor: each sends a part of it to its like in the next stage, where the parts
 are gathered (Narayanan et al., 2021).
 """
@@ -15,9 +16,9 @@ from typing import Protocol
 import torch
 
 from stretto.comm.transport import Axis, Pending
-from stretto.core.orders import KINDS, Action, Order
+from stretto.core.orders import KINDS, Action, Message, Order
 from stretto.models.causal import CausalStage
-from stretto.models.parallel.tensor import boundary_numel, scatter_boundary
+from stretto.models.parallel.tensor import boundary_numel, gather_boundary, scatter_boundary
 
 
 class Watch(Protocol):
@@ -38,12 +39,14 @@ class Passage:
         tokens, targets: of each micro-batch, int64 [B, L] of this rank's part of the sequences.
         length: of the whole sequences.
         scale: of every loss, so that gradients add up to those of the mean over all tokens of the step.
+        keys: of each micro-batch's tokens, by which numbers are dropped (`models.dropout`); empty: none are.
     """
 
     tokens: Sequence[torch.Tensor]
     targets: Sequence[torch.Tensor]
     length: int
     scale: float
+    keys: Sequence[torch.Tensor] = ()
 
 
 class Pipeline:
@@ -59,7 +62,6 @@ class Pipeline:
     def __init__(self, order: Order, stages: Mapping[int, CausalStage], pp: Axis, tp: Axis, *, recompute: bool):
         self.order, self.stages, self.recompute = order, stages, recompute
         self.pp, self.tp = pp, tp
-        self._passed = torch.empty(0)
 
     def step(self, passage: Passage, watch: Watch) -> torch.Tensor:
         """Forward and backward of all micro-batches; gradients are added to the parameters'.
@@ -74,74 +76,98 @@ class Pipeline:
         """The sum of the losses that arise here, without gradients."""
         total = torch.zeros((), dtype=torch.float64)
         for micro_batch in range(len(passage.tokens)):
-            for stage in range(self.order.stages):
-                if self.order.rank_of(stage) == self.pp.rank:
-                    total += self._evaluated(passage, micro_batch, stage)
+            total += self._evaluated(passage, micro_batch)
         return total
 
-    def _evaluated(self, passage: Passage, micro_batch: int, stage: int) -> torch.Tensor:
-        """One stage of one micro-batch; its loss, 0 of all but the last."""
-        action = Action("forward", micro_batch, stage)
-        x = passage.tokens[micro_batch]
-        if stage:
-            source = self.order.rank_of(stage - 1)
-            like = self.boundary_like(passage, micro_batch, stage)
-            x = (
-                self._passed
-                if source == self.pp.rank
-                else self.whole(self.pp.receive(self.part_like(like), source, number=self.number(action)).wait(), like)
-            )
-        y = self.forward(action, x, passage)
-        target = self.order.receiver(action)
-        if target is None:
-            return y.double()
-        self._passed = y
-        if self.order.rank_of(target) != self.pp.rank:
-            number = self.number(Action("forward", micro_batch, target))
-            self.pp.send(scatter_boundary(y, self.tp), self.order.rank_of(target), number=number).wait()
-        return torch.zeros((), dtype=torch.float64)
+    def _evaluated(self, passage: Passage, micro_batch: int) -> torch.Tensor:
+        """The loss of one micro-batch, 0 where the last stage does not lie."""
+        loss = torch.zeros((), dtype=torch.float64)
+        here: dict[Message, torch.Tensor] = {}
+        going = []
+        for stage in sorted(self.stages):
+            action = Action("forward", micro_batch, stage)
+            came = {}
+            for message in self.order.inputs(action):
+                away = self.order.crosses(message)
+                came[message.skip] = self.whole(self.ask(message, passage), passage) if away else here.pop(message)
+            y, skips = self.forward(action, came, passage)
+            if stage == self.order.stages - 1:
+                loss = y.double()
+            for message in self.order.outputs(action):
+                result = y if message.skip is None else skips[message.skip]
+                if self.order.crosses(message):
+                    going.append(self.send(message, result))
+                else:
+                    here[message] = result
+        for pending in going:
+            pending.wait()
+        return loss
 
-    def forward(self, action: Action, x: torch.Tensor, passage: Passage) -> torch.Tensor:
-        """The result of a stage."""
-        targets = passage.targets[action.micro_batch] if action.stage == self.order.stages - 1 else None
-        return self.stages[action.stage](  # type: ignore[no-any-return]
-            x, targets, length=passage.length, recompute=self.recompute and torch.is_grad_enabled()
+    def forward(
+        self, action: Action, came: Mapping[int | None, torch.Tensor], passage: Passage
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The result of a stage, and the tensors of skip connections that it has for others, by number.
+
+        Args:
+            came: what other stages made, by skip connection; under None the result of the stage before.
+        """
+        micro_batch = action.micro_batch
+        skips = {skip: tensor for skip, tensor in came.items() if skip is not None}
+        y = self.stages[action.stage](
+            came.get(None, passage.tokens[micro_batch]),
+            passage.targets[micro_batch] if action.stage == self.order.stages - 1 else None,
+            length=passage.length,
+            recompute=self.recompute and torch.is_grad_enabled(),
+            keys=passage.keys[micro_batch] if passage.keys else None,
+            skips=skips,
         )
+        return y, skips
 
-    def boundary_like(self, passage: Passage, micro_batch: int, stage: int) -> torch.Tensor:
-        """A tensor, of no memory, of the shape and type of what enters `stage`."""
+    def ask(self, message: Message, passage: Passage) -> Pending[torch.Tensor]:
+        """Post the receive of this rank's part of a message."""
+        like = self._like(passage)
+        source = self.order.rank_of(message.source.stage)
+        part = like.new_empty(1).expand(boundary_numel(like.numel(), self.tp))
+        return self.pp.receive(part, source, number=self._number(message))
+
+    def send(self, message: Message, result: torch.Tensor) -> Pending[torch.Tensor]:
+        """Send this rank's part of a message, all of which it has."""
+        target = self.order.rank_of(message.target.stage)
+        return self.pp.send(scatter_boundary(result, self.tp), target, number=self._number(message))
+
+    def whole(self, pending: Pending[torch.Tensor], passage: Passage) -> torch.Tensor:
+        """The tensor of which each rank of `tp` receives a part."""
+        return gather_boundary(pending.wait(), self.tp, self._like(passage).shape)
+
+    def _like(self, passage: Passage) -> torch.Tensor:
+        """A tensor, of no memory, of the shape and type of what goes from stage to stage."""
         model = next(iter(self.stages.values()))
-        shape = (*passage.tokens[micro_batch].shape, model.spec.hidden)
-        return torch.empty(1, dtype=model.dtype).expand(shape)
+        return torch.empty(1, dtype=model.dtype).expand(*passage.tokens[0].shape, model.spec.hidden)
 
-    def part_like(self, like: torch.Tensor) -> torch.Tensor:
-        """The part of it that this rank sends and receives."""
-        return like.new_empty(1).expand(boundary_numel(like.numel(), self.tp))
+    def _number(self, message: Message) -> int:
+        """What tells a message from all others of a step."""
+        kind, micro_batch, stage = message.target
+        line = 0 if message.skip is None else 1 + message.skip
+        number = (micro_batch * self.order.stages + stage) * 2 + KINDS.index(kind)
+        return number * (1 + len(self.order.skips)) + line
 
-    def whole(self, part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The boundary tensor of which each rank of `tp` received a part."""
-        if self.tp.size == 1:
-            return part.view(like.shape)
-        sizes = [len(part)] * self.tp.size
-        if like.numel() % self.tp.size:
-            each, over = divmod(like.numel(), self.tp.size)
-            sizes = [each + (place < over) for place in range(self.tp.size)]
-        return self.tp.all_gather(part, sizes=sizes).view(like.shape)
 
-    def number(self, action: Action) -> int:
-        """What tells the message that `action` waits for from all others of a step."""
-        kind, micro_batch, stage = action
-        return (micro_batch * self.order.stages + stage) * 2 + KINDS.index(kind)
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """What a forward leaves for its backward: what came in and what went out, by skip connection (None: the result)."""
+
+    came: Mapping[int | None, torch.Tensor]
+    made: Mapping[int | None, torch.Tensor]
 
 
 class _Step:
     def __init__(self, pipeline: Pipeline, passage: Passage, watch: Watch):
         self.pipeline, self.passage, self.watch = pipeline, passage, watch
         self.order, self.pp = pipeline.order, pipeline.pp
-        self.coming: dict[Action, Pending[torch.Tensor]] = {}
-        self.here: dict[Action, torch.Tensor] = {}
-        self.going: dict[Action, Pending[torch.Tensor]] = {}
-        self.held: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.coming: dict[Message, Pending[torch.Tensor]] = {}
+        self.here: dict[Message, torch.Tensor] = {}
+        self.going: dict[Message, Pending[torch.Tensor]] = {}
+        self.held: dict[tuple[int, int], _Held] = {}
         self.total = torch.zeros((), dtype=torch.float64)
 
     def run(self) -> torch.Tensor:
@@ -150,7 +176,7 @@ class _Step:
         for kind in KINDS:
             self._ask(next(ahead[kind], None))
         for action in program:
-            came = self._input(action)
+            came = self._inputs(action)
             self._ask(next(ahead[action.kind], None))
             self.watch.begin(action)
             if action.kind == "forward":
@@ -162,57 +188,51 @@ class _Step:
             pending.wait()
         return self.total
 
-    def _source(self, action: Action) -> int | None:
-        """The stage whose result `action` waits for."""
-        stage = action.stage - (1 if action.kind == "forward" else -1)
-        return stage if 0 <= stage < self.order.stages else None
-
     def _ask(self, action: Action | None) -> None:
-        """Post the receive of what `action` will need from another rank."""
-        if action is None:
-            return
-        source = self._source(action)
-        if source is not None and self.order.rank_of(source) != self.pp.rank:
-            like = self.pipeline.boundary_like(self.passage, action.micro_batch, action.stage)
-            part = self.pipeline.part_like(like)
-            place = self.order.rank_of(source)
-            self.coming[action] = self.pp.receive(part, place, number=self.pipeline.number(action))
+        """Post the receives of what `action` will need from other ranks."""
+        if action is not None:
+            for message in filter(self.order.crosses, self.order.inputs(action)):
+                self.coming[message] = self.pipeline.ask(message, self.passage)
 
-    def _input(self, action: Action) -> torch.Tensor | None:
-        if action in self.coming:
-            like = self.pipeline.boundary_like(self.passage, action.micro_batch, action.stage)
-            return self.pipeline.whole(self.coming.pop(action).wait(), like)
-        return self.here.pop(action, None)
+    def _inputs(self, action: Action) -> dict[int | None, torch.Tensor]:
+        """What other stages made for `action`, by skip connection."""
+        found = {}
+        for message in self.order.inputs(action):
+            away = message in self.coming
+            found[message.skip] = (
+                self.pipeline.whole(self.coming.pop(message), self.passage) if away else self.here.pop(message)
+            )
+        return found
 
-    def _forward(self, action: Action, came: torch.Tensor | None) -> None:
-        micro_batch, stage = action.micro_batch, action.stage
-        x = self.passage.tokens[micro_batch] if came is None else came.requires_grad_()
-        y = self.pipeline.forward(action, x, self.passage)
-        if stage == self.order.stages - 1:
+    def _forward(self, action: Action, came: Mapping[int | None, torch.Tensor]) -> None:
+        for tensor in came.values():
+            tensor.requires_grad_()
+        y, skips = self.pipeline.forward(action, came, self.passage)
+        if action.stage == self.order.stages - 1:
             self.total += y.detach().double()
             y = y * self.passage.scale
+        made: dict[int | None, torch.Tensor] = {None: y}
+        for message in self.order.outputs(action):
+            if message.skip is not None:
+                made[message.skip] = skips[message.skip]
+            self._pass_on(message, made[message.skip].detach())
+        self.held[action.micro_batch, action.stage] = _Held(came=came, made=made)
+
+    def _backward(self, action: Action, came: Mapping[int | None, torch.Tensor]) -> None:
+        held = self.held.pop((action.micro_batch, action.stage))
+        torch.autograd.backward(list(held.made.values()), [came.get(skip) for skip in held.made])
+        # The gradients that came are the receipts for what went forward.
+        for message in self.order.outputs(action._replace(kind="forward")):
+            if message in self.going:
+                self.going.pop(message).wait()
+        for message in self.order.outputs(action):
+            gradient = held.came[message.skip].grad
+            assert gradient is not None
+            self._pass_on(message, gradient)
+
+    def _pass_on(self, message: Message, result: torch.Tensor) -> None:
+        """Give a result to the action that takes it, here or on another rank."""
+        if self.order.crosses(message):
+            self.going[message] = self.pipeline.send(message, result)
         else:
-            self._pass_on(action, y.detach(), stage + 1)
-        self.held[micro_batch, stage] = (x, y)
-
-    def _backward(self, action: Action, came: torch.Tensor | None) -> None:
-        micro_batch, stage = action.micro_batch, action.stage
-        x, y = self.held.pop((micro_batch, stage))
-        torch.autograd.backward(y, came)
-        # The gradient that came is the receipt for what went forward.
-        sent = self.going.pop(Action("forward", micro_batch, stage), None)
-        if sent is not None:
-            sent.wait()
-        if stage:
-            assert x.grad is not None
-            self._pass_on(action, x.grad, stage - 1)
-
-    def _pass_on(self, action: Action, result: torch.Tensor, stage: int) -> None:
-        """Give the result to the next action of this micro-batch, here or on another rank."""
-        following = Action(action.kind, action.micro_batch, stage)
-        place = self.order.rank_of(stage)
-        if place == self.pp.rank:
-            self.here[following] = result
-            return
-        part = scatter_boundary(result, self.pipeline.tp)
-        self.going[action] = self.pp.send(part, place, number=self.pipeline.number(following))
+            self.here[message] = result

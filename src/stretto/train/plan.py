@@ -11,7 +11,7 @@ from stretto.core.errors import require
 from stretto.core.orders import ORDERS, Order, order_of
 from stretto.core.partition import contiguous
 from stretto.hardware.cluster import Cluster
-from stretto.models.spec import ModelSpec
+from stretto.models.spec import ModelSpec, unet_pairs
 from stretto.train.job import TrainJob
 
 AXES = ("pp", "dp", "ep", "cp", "tp")
@@ -82,7 +82,23 @@ class TrainPlan:
 
     def order(self, job: TrainJob) -> Order:
         """The pipeline's table."""
-        return order_of(self.schedule, self.pp, self.micro_batches(job), self.chunks)
+        order = order_of(self.schedule, self.pp, self.micro_batches(job), self.chunks)
+        skips = self._skips(job)
+        return replace(order, skips=skips) if skips else order
+
+    def _skips(self, job: TrainJob) -> tuple[tuple[int, int], ...]:
+        """Of each of the model's skip connections, the stage that makes its tensor and the one that takes it.
+
+        A stage has the result of the layer just before its first one as its own input.
+        """
+        if job.shape is None or job.shape.skips == "none":
+            return ()
+        of_layer = [stage for stage, layers in enumerate(self.layers) for _ in range(layers)]
+        pairs = []
+        for made, taken in unet_pairs(len(of_layer)):
+            last = of_layer[taken]
+            pairs.append((last if self.stage_layers(last).start == made + 1 else of_layer[made], last))
+        return tuple(pairs)
 
     def stages_of(self, pipeline_rank: int) -> list[int]:
         """The stages that lie on a rank of the pipeline."""

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from stretto.comm.transport import Axis, Message
-from stretto.models.causal import CausalStage, Lora, Split
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import Lora, Split
 from stretto.models.parallel.experts import MoE
 from stretto.models.spec import ModelSpec
 from stretto.train.job import TrainJob
@@ -56,7 +57,7 @@ class Parameter:
     Attributes:
         numel: numbers that lie on the rank.
         trained: whether it has a gradient.
-        split, partial: as in its `models.causal.Placement`.
+        split, partial: as in its `models.causal_layers.Placement`.
     """
 
     numel: int
@@ -80,20 +81,22 @@ class _Cut:
     layout: str
     micro_batch: int
     recompute: bool
+    dropout: float
 
 
 def pass_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> dict[str, PassBytes]:
     """Of each of `PIECES`, on the first (the fullest) rank of its axes."""
     cut = _cut(job, plan, spec)
     # The ends of a stage know nothing of what happens inside a layer: fewer traces.
-    ends = replace(cut, ep=1, attention="blockwise", recompute=False, spec=replace(cut.spec, experts=0, top_k=0))
+    dense = replace(cut.spec, experts=0, top_k=0)
+    ends = replace(cut, ep=1, attention="blockwise", recompute=False, dropout=0.0, spec=dense)
     width = 2.0 if job.dtype == "fp64" else 1.0  # traced in fp32
     return {piece: _pass_bytes(cut if piece == "layer" else ends, piece).times(width) for piece in PIECES}
 
 
 def parameters(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> dict[str, tuple[Parameter, ...]]:
     """Of each of `PIECES`, in the order of the stage; a head that is the embedding's copy has the copy."""
-    return _parameters(replace(_cut(job, plan, spec), micro_batch=1, recompute=False))
+    return _parameters(replace(_cut(job, plan, spec), micro_batch=1, recompute=False, dropout=0.0))
 
 
 def _cut(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> _Cut:
@@ -102,7 +105,9 @@ def _cut(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> _Cut:
         replace(spec, layers=1),
         job.sequence,
         job.dtype,
-        Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets) if adapters else None,
+        Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets, dropout=adapters.dropout)
+        if adapters
+        else None,
         plan.tp,
         plan.cp,
         plan.ep,
@@ -110,6 +115,7 @@ def _cut(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> _Cut:
         plan.cp_layout,
         plan.micro_batch,
         plan.recompute,
+        job.shape.dropout if job.shape else 0.0,
     )
 
 
@@ -122,7 +128,7 @@ def _stage(cut: _Cut, *, first: bool = True) -> CausalStage:
         layout=cut.layout,  # type: ignore[arg-type]
     )
     compute = torch.bfloat16 if cut.dtype == "bf16" else None
-    return CausalStage(cut.spec, split=split, lora=cut.lora, compute=compute, first=first)
+    return CausalStage(cut.spec, split=split, lora=cut.lora, compute=compute, first=first, dropout=cut.dropout)
 
 
 @lru_cache(maxsize=512)
@@ -161,6 +167,8 @@ class _Calls:
     def __init__(self, cut: _Cut, stage: CausalStage, tokens: torch.Tensor):
         self.cut, self.stage, self.tokens = cut, stage, tokens
         self.turns = stage._turn(cut.sequence)
+        drops = cut.dropout > 0 or (cut.lora is not None and cut.lora.dropout > 0)
+        self.keys = torch.zeros_like(tokens) if drops else None
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         table = self.stage.model.embed_tokens
@@ -173,8 +181,8 @@ class _Calls:
             moe: Any = layer.mlp.moe  # type: ignore[union-attr]
             moe.count = partial(_routed, moe)
         if self.cut.recompute:
-            return checkpoint(layer, x, self.turns, use_reentrant=False)  # type: ignore[no-any-return]
-        return layer(x, self.turns)  # type: ignore[no-any-return]
+            return checkpoint(layer, x, self.turns, self.keys, use_reentrant=False)  # type: ignore[no-any-return]
+        return layer(x, self.turns, self.keys)  # type: ignore[no-any-return]
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         assert self.stage.model.norm is not None

@@ -17,8 +17,11 @@ from stretto.comm.transport import Transport
 from stretto.core.orders import Action
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
-from stretto.models.causal import IGNORED, CausalStage, Lora, Split, initialise, load_weights
-from stretto.models.parallel.layout import split_sequence
+from stretto.models.causal import CausalStage
+from stretto.models.causal_layers import IGNORED, Lora, Split
+from stretto.models.causal_weights import initialise, load_weights
+from stretto.models.dropout import token_keys
+from stretto.models.parallel.layout import positions, split_sequence
 from stretto.models.spec import ModelSpec
 from stretto.models.weights import Weights
 from stretto.train import optimize
@@ -134,7 +137,11 @@ class Trainer:
             experts=plan.experts,
         )
         adapters = job.adapters
-        lora = Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets) if adapters else None
+        lora = (
+            Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets, dropout=adapters.dropout)
+            if adapters
+            else None
+        )
         found = {}
         for number in range(self.order.stages):
             if self.order.rank_of(number) == axis("pp").rank:
@@ -147,6 +154,7 @@ class Trainer:
                     lora=lora,
                     dtype=torch.float64 if job.dtype == "fp64" else torch.float32,
                     compute=torch.bfloat16 if job.dtype == "bf16" else None,
+                    dropout=job.shape.dropout if job.shape else 0.0,
                 )
         for stage in found.values():
             if weights is None:
@@ -167,7 +175,7 @@ class Trainer:
         begun = watcher.now()
         numbers = self.data.batch(self.step, self.job.global_batch)
         tokens = len(numbers) * self.job.sequence
-        loss = self.pipeline.step(self._passage(self.data, numbers, 1.0 / tokens), watcher)
+        loss = self.pipeline.step(self._passage(self.data, numbers, 1.0 / tokens, training=True), watcher)
 
         summing = watcher.now()
         self.trained.sum_gradients()
@@ -221,7 +229,15 @@ class Trainer:
         """A sum of losses over all ranks that have different tokens or another end of the model."""
         return float(self.transport.axis("pp", "dp", "ep", "cp").all_reduce_(loss.view(1)))
 
-    def _passage(self, source: Samples, numbers: Sequence[int], scale: float, counted: int | None = None) -> Passage:
+    def _passage(
+        self,
+        source: Samples,
+        numbers: Sequence[int],
+        scale: float,
+        *,
+        counted: int | None = None,
+        training: bool = False,
+    ) -> Passage:
         """This rank's share of some sequences, in micro-batches; those from `counted` on count for nothing."""
         place, size = self._data_axis.rank, self._data_axis.size
         each = len(numbers) // size
@@ -233,9 +249,14 @@ class Trainer:
         layout = self.plan.cp_layout
         tokens, targets = (split_sequence(part, self._cp, 1, layout) for part in (tokens, targets))
         size_of_pass = self.plan.micro_batch
+        keys: Sequence[torch.Tensor] = ()
+        if training and self.job.drops:
+            where = positions(self.job.sequence, self._cp, layout)
+            keys = token_keys(self.job.seed, self.step, mine, where).split(size_of_pass)
         return Passage(
             tokens=tokens.split(size_of_pass),
             targets=targets.split(size_of_pass),
             length=self.job.sequence,
             scale=scale,
+            keys=keys,
         )
