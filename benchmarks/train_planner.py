@@ -2,9 +2,10 @@
 
 Each plan that can run is trained for some steps, and its median step, after the first, and the most bytes of its
 tensors (counted on the fullest rank of each stage) are laid beside what was predicted. Plans are trained a few at a
-time; their pieces are timed before and after, and a prediction is the mean of both. Goals: the pick is within 5 % of
-the fastest plan; a step is within 15 % of its prediction; bytes are within 5 % of the counted, and never more than 2 %
-below. The null model of a step is the mean of all plans.
+time; their pieces are timed before and after, and a prediction is the mean of both. A machine's pace changes meanwhile,
+so the pick and those that looked fastest are trained again in turn, and it is these runs that the pick is judged by.
+Goals: the pick is within 5 % of the fastest plan; a step is within 15 % of its prediction; bytes are within 5 % of the
+counted, and never more than 2 % below. The null model of a step is the mean of all plans.
 
 Usage: python benchmarks/train_planner.py [--json] [--quick] [--job FILE]
 """
@@ -32,7 +33,7 @@ from stretto.train.prepare import bench_of, prepare
 from stretto.train.run import run
 
 STEPS = 4
-_FEW = 6
+_FEW, _FASTEST, _ROUNDS = 6, 4, 3
 _QUICK = 10
 """So many plans are trained with --quick: the best ones, and some of the others."""
 GOAL_PICK, GOAL_STEP, GOAL_BYTES, GOAL_BELOW = 1.05, 0.15, 0.05, 0.02
@@ -65,7 +66,15 @@ def measure(quick: bool) -> list[harness.Row]:
     for _, same in groupby(by_bench, key=lambda plan: bench_of(job, spec, plan)):
         for few in batched(same, _FEW):
             seen += _seen(job, spec, few, ranking.best)
-    return _rows(seen)
+    pick = next(each for each in seen if each.plan == ranking.best.choices)
+    fastest = sorted(seen, key=lambda each: each.measured_s)[: 2 if quick else _FASTEST]
+    finalists = [pick, *(each for each in fastest if each is not pick)]
+    again: dict[int, list[float]] = {}
+    for _ in range(1 if quick else _ROUNDS):
+        for number, each in enumerate(finalists):
+            again.setdefault(number, []).append(_trained(job, spec, each.plan, ranking.best)[0])
+    seconds = [statistics.median(each) for each in again.values()]
+    return [_pick_row(pick, seconds, len(seen)), *_rows(seen)]
 
 
 def batched(plans: Iterable[TrainPlan], size: int) -> Iterator[list[TrainPlan]]:
@@ -108,30 +117,34 @@ def _trained(
     return statistics.median(seconds), errors
 
 
+def _pick_row(pick: Seen, seconds: Sequence[float], plans: int) -> harness.Row:
+    """`seconds` of the pick and of the others, trained in turn."""
+    return harness.Row(
+        name=f"the pick over the fastest of {plans} plans",
+        ours=seconds[0] / min(seconds),
+        unit="x",
+        goal=GOAL_PICK,
+        at_most=True,
+        note=f"{pick.plan}; it and the fastest ones in turn: {', '.join(f'{each:.2f}' for each in seconds)} s",
+    )
+
+
 def _rows(seen: list[Seen]) -> list[harness.Row]:
-    fastest = min(each.measured_s for each in seen)
-    pick = min(seen, key=lambda each: each.predicted_s)
     worst = max(seen, key=lambda each: abs(each.error))
     errors = [abs(each.error) for each in seen]
     mean = statistics.fmean(each.measured_s for each in seen)
     null = statistics.fmean(abs(mean / each.measured_s - 1) for each in seen)
     low, high = min(each.bytes_error[0] for each in seen), max(each.bytes_error[1] for each in seen)
+    measured = sorted(each.measured_s for each in seen)
     return [
-        harness.Row(
-            name=f"the pick over the fastest of {len(seen)} plans",
-            ours=pick.measured_s / fastest,
-            unit="x",
-            goal=GOAL_PICK,
-            at_most=True,
-            note=f"{pick.plan}: {pick.measured_s:.2f} s; slowest plan {max(e.measured_s for e in seen):.2f} s",
-        ),
         harness.Row(
             name="a step's worst error",
             ours=abs(worst.error),
             unit="of the measured",
             goal=GOAL_STEP,
             at_most=True,
-            note=f"{worst.plan}; mean {statistics.fmean(errors):.1%}; null model (the plans' mean) {null:.1%}",
+            note=f"{worst.plan}; mean {statistics.fmean(errors):.1%}; null model (the plans' mean) {null:.1%}; "
+            f"{sum(e <= GOAL_STEP for e in errors)} within the goal, {measured[0]:.2f} to {measured[-1]:.2f} s",
         ),
         harness.Row(name="bytes above the counted", ours=high, unit="x", goal=GOAL_BYTES, at_most=True),
         harness.Row(name="bytes below the counted", ours=max(0.0, -low), unit="x", goal=GOAL_BELOW, at_most=True),
