@@ -32,8 +32,8 @@ from stretto.train.predict import predict
 from stretto.train.prepare import bench_of, prepare
 from stretto.train.run import run
 
-STEPS = 4
-_FEW, _FASTEST, _ROUNDS = 6, 4, 3
+STEPS = 3
+_FEW, _FASTEST, _ROUNDS = 6, 3, 3
 _QUICK = 10
 """So many plans are trained with --quick: the best ones, and some of the others."""
 GOAL_PICK, GOAL_STEP, GOAL_BYTES, GOAL_BELOW = 1.05, 0.15, 0.05, 0.02
