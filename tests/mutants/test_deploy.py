@@ -26,7 +26,7 @@ MUTANTS = [
     Mutant(
         "the host costs nothing",
         "serve/deploy/costs.py",
-        "host = engine.host_step_s / layout.stages",
+        "host = engine.host_step_s / self.layout.stages",
         "host = 0.0",
     ),
     Mutant(
