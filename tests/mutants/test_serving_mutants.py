@@ -20,8 +20,8 @@ MUTANTS = [
     Mutant(
         "the last to join is put back however urgent",
         "serve/scheduler.py",
-        "victim = max(reversed(self.running), key=lambda r: r.priority)",
-        "victim = self.running[-1]",
+        "return max(reversed(self.running), key=lambda r: r.priority)",
+        "return self.running[-1]",
     ),
     Mutant(
         "of equals the first to join is put back",

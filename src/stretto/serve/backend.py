@@ -118,7 +118,8 @@ class Backend(Protocol):
     steps_at_once: int
 
     async def run(self, work: Pass, steps: int, news: asyncio.Event) -> PassResult:
-        """Carry out `work`, and up to `steps` - 1 further steps of the same decode rows.
+        """Carry out `work`, and up to `steps` - 1 further steps of the same decode rows. The engine of two lanes has a
+        pass of prompts and one of decoding rows carried out at once, each step by step.
 
         When `news` is set, something has arrived that the scheduler should see: end at the next step boundary.
         """
