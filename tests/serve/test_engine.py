@@ -39,6 +39,9 @@ def assert_lawful(world: World, asks: list[Ask]) -> None:
     assert not world.scheduler.running
     assert not world.scheduler.waiting
     assert world.trace.overlaps() == []
+    for entry in world.log:
+        rows = [chunk[0] for chunk in entry.decision["prefill"]] + entry.decision["decode"]
+        assert len(rows) == len(set(rows)), "a request is in one pass twice"
 
 
 def test_all_at_once_take_as_many_steps_as_the_longest() -> None:

@@ -55,6 +55,15 @@ def test_urgent_prompts_are_computed_first() -> None:
     assert in_order_of_first_token(world) == [1, 0, 2]
 
 
+def test_who_comes_back_to_a_prompt_that_is_all_there_is_in_the_pass_once() -> None:
+    asks = [Ask(prompt=8, length=3, limit=3, family=0), Ask(prompt=8, length=9, limit=9, family=1)]
+    world = play(asks, config(pages=5, page_tokens=4, slots=2, prefix_cache=True))
+    assert_lawful(world, asks)
+    (victim,) = (victim for entry in world.log for victim in entry.decision["preempted"])
+    back = [chunk for entry in world.log for chunk in entry.decision["prefill"] if chunk[0] == victim][1]
+    assert tuple(back[1:3]) == (8, 1)
+
+
 # Deadlines.
 
 

@@ -246,6 +246,8 @@ class Scheduler:
         if preempted or len(decoders) < len(self.running):
             prefill = self._fill(grown)
             decoders = [] if prefill and self.config.prefill == "whole" else self._decoders()
+            begun = {chunk.id for chunk in prefill}  # who found all of its prompt again looks like a decoding row
+            decoders = [r for r in decoders if r.id not in begun]
         else:
             prefill = ()
         decode = tuple(r.id for r in decoders)
