@@ -224,7 +224,7 @@ def test_one_text_a_prompt_fifty_times_over(packaged: Path, concurrent: int) -> 
     for prefix_cache in (False, True):
         for chunk in (16, 64, 512):
             for tight in (False, True) if concurrent > 1 else (False,):
-                pages = 6 + 2 * concurrent if tight else 8 * concurrent
+                pages = 2 + 2 * concurrent if tight else 8 * concurrent
                 swap = {"preemption": "swap", "spare_pages": concurrent} if chunk == 64 else {}
                 how = config(concurrent, chunk, 8, pages, prefix_cache=prefix_cache, **swap)
                 found, preemptions = said(model, how, concurrent, 50)
