@@ -18,7 +18,7 @@ namespace {
 
 #define STRETTO_INLINE_BF16 __attribute__((target(STRETTO_AVX512_BF16), always_inline))
 
-constexpr int64_t kFewest = 4, kFewestFast = 8;  // rows below which vectors are as fast; of one plane, more
+constexpr int64_t kFewest = 8, kFewestBytes = 17;  // rows below which vectors are as fast; with weights of 8 bits
 constexpr int kTile = 16;       // rows of a tile, and its columns
 
 // Tiles by their numbers: the sums of up to three planes, rows, weights.
@@ -221,9 +221,7 @@ STRETTO_TARGET_BF16 void multiply_sums(const Rows &rows, const Packed &w, int64_
             const int height = int(std::min<int64_t>(rows.tall, rows.count - r));
             if (height != shaped) Shapes(height, depth_of(rows)).use();
             shaped = height;
-            const auto run = height <= 4   ? multiply_block<4, SUMS, TWELVES>
-                             : height <= 8 ? multiply_block<8, SUMS, TWELVES>
-                                           : multiply_block<16, SUMS, TWELVES>;
+            const auto run = height <= 8 ? multiply_block<8, SUMS, TWELVES> : multiply_block<16, SUMS, TWELVES>;
             run(rows, r, height, panel);
             panel.ahead = nullptr;
         }
@@ -234,7 +232,7 @@ STRETTO_TARGET_BF16 void multiply_sums(const Rows &rows, const Packed &w, int64_
 STRETTO_TARGET_BF16 void multiply_amx(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
     if (rows.twelves == 2) return multiply_sums<2, true>(rows, w, first, last, out, stride, add);
     if (rows.twelves == 1) return multiply_sums<1, true>(rows, w, first, last, out, stride, add);
-    if (!rows.whole || rows.count < (rows.planes > 1 ? kFewest : kFewestFast)) return kPackedAvx512.multiply(rows, w, first, last, out, stride, add);
+    if (!rows.whole || rows.count < (w.bits == 8 ? kFewestBytes : kFewest)) return kPackedAvx512.multiply(rows, w, first, last, out, stride, add);
     if (rows.planes == 3) return multiply_sums<3, false>(rows, w, first, last, out, stride, add);
     if (rows.planes == 2) return multiply_sums<2, false>(rows, w, first, last, out, stride, add);
     return multiply_sums<1, false>(rows, w, first, last, out, stride, add);
