@@ -112,7 +112,7 @@ async def run_plan(layout: Layout, rates: Sequence[float], count: int) -> list[R
             recorder = Recorder("measured")
             _, real = await here.serve(load, recorder=recorder)
             after = await here.measure()
-            busy_s = sum(span.finish - span.start for span in recorder.trace().spans)
+            busy_s = sum(recorder.trace().busy.values())
             found.append(Run(rate, load, real, busy_s, before.mean(after)))
             before = after
     return found
