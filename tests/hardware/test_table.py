@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stretto.hardware.table import Table
+from stretto.hardware.table_files import read_tables, write_tables
 
 POSITIVE = st.floats(1e-6, 1e6)
 
@@ -89,3 +92,17 @@ def test_refusing_and_mistakes() -> None:
 def test_round_trip() -> None:
     table = Table.line("x", [(2, 2.0), (8, 8.0)], scale="linear", spread=0.25, source="here")
     assert Table.from_dict(table.to_dict()) == table
+
+
+def test_files_of_tables_are_whole_fresh_or_nothing(tmp_path: Path) -> None:
+    file, made = tmp_path / "folder" / "one.json", {"a": Table.line("bytes", [(1, 2.0), (4, 5.0)])}
+    assert read_tables(file) is None
+    write_tables(file, made)
+    assert read_tables(file, fresh_s=60.0) == made
+    assert list(file.parent.iterdir()) == [file]
+    os.utime(file, (0, 0))
+    assert read_tables(file, fresh_s=60.0) is None
+    assert read_tables(file) == made
+    for damaged in ("{", "[1]", '{"a": 3}'):
+        file.write_text(damaged)
+        assert read_tables(file) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .test_mutants import Mutant, run
+from .test_mutants import Mutant, assert_green, assert_killed
 
 pytestmark = pytest.mark.slow
 
@@ -209,8 +209,8 @@ HERE = [
     Mutant(
         "what is old is believed",
         "serve/deploy/here/prepare.py",
-        "time.time() - file.stat().st_mtime > FRESH_S",
-        "False",
+        "read_tables(file, fresh_s=FRESH_S)",
+        "read_tables(file)",
     ),
     Mutant(
         "more copies than cores",
@@ -229,19 +229,14 @@ HERE = [
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.wrong.replace(" ", "-") for mutant in MUTANTS])
 def test_deployments(mutant: Mutant) -> None:
-    done = run(TESTS, mutant)
-    assert done.returncode == 1, f"{mutant.wrong}: not noticed\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert "mutant's text" not in done.stderr
+    assert_killed(TESTS, mutant)
 
 
 @pytest.mark.parametrize("mutant", HERE, ids=[mutant.wrong.replace(" ", "-") for mutant in HERE])
 def test_deployments_here(mutant: Mutant) -> None:
-    done = run(HERE_TESTS, mutant)
-    assert done.returncode == 1, f"{mutant.wrong}: not noticed\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert "mutant's text" not in done.stderr
+    assert_killed(HERE_TESTS, mutant)
 
 
 @pytest.mark.parametrize("tests", [TESTS, HERE_TESTS], ids=["anywhere", "here"])
 def test_the_tests_pass_without_a_mutant(tests: list[str]) -> None:
-    done = run(tests, None)
-    assert done.returncode == 0, done.stdout[-2000:]
+    assert_green(tests)

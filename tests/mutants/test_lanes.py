@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .test_mutants import Mutant, run
+from .test_mutants import Mutant, assert_green, assert_killed
 
 pytestmark = pytest.mark.slow
 
@@ -121,11 +121,8 @@ MUTANTS = [
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.wrong.replace(" ", "-") for mutant in MUTANTS])
 def test_lanes(mutant: Mutant) -> None:
-    done = run(TESTS, mutant)
-    assert done.returncode == 1, f"{mutant.wrong}: not noticed\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert "mutant's text" not in done.stderr
+    assert_killed(TESTS, mutant)
 
 
 def test_the_tests_pass_without_a_mutant() -> None:
-    done = run(TESTS, None)
-    assert done.returncode == 0, done.stdout[-2000:]
+    assert_green(TESTS)

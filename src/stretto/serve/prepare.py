@@ -8,7 +8,6 @@ every prediction wrong alike.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from stretto.core.plan import Progress
 from stretto.hardware.cluster import Cluster
 from stretto.hardware.probe import cache_folder, is_this_machine
 from stretto.hardware.table import Table
+from stretto.hardware.table_files import read_tables, write_tables
 from stretto.models import calibrate as model_calibration
 from stretto.models.load import Model, load_model
 from stretto.serve import calibrate as host_calibration
@@ -57,7 +57,7 @@ def _tables(
 ) -> Tables:
     """Tables of one type and number of threads, from the cache if they still hold."""
     file = _file(job, cluster, dtype if path == "torch" else f"{dtype}-{path}", threads)
-    cached = _read(file)
+    cached = read_tables(file)
     if cached is not None and time.time() - file.stat().st_mtime < FRESH_S:
         return cached
     if (dtype, path) not in models:
@@ -68,7 +68,7 @@ def _tables(
         return cached
     tables = model_calibration.calibrate(model, threads=threads, progress=progress)
     tables |= host_calibration.calibrate(model.spec, model.tokenizer, job.sampling, threads=threads, path=path)
-    _write(file, tables)
+    write_tables(file, tables)
     return tables
 
 
@@ -80,19 +80,3 @@ def _file(job: ServeJob, cluster: Cluster, dtype: str, threads: int) -> Path:
     draw = "greedy" if job.sampling.greedy else f"top{job.sampling.top_k}"
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{job.model}-{dtype}-{threads}-{draw}")
     return cache_folder() / f"serve-{_FORMAT}-{cluster.fingerprint()}" / f"{name[-120:]}.json"
-
-
-def _read(file: Path) -> Tables | None:
-    """None if there is nothing, or nothing that can be read."""
-    try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
-        return {name: Table.from_dict(table) for name, table in plain.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write(file: Path, tables: Tables) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps({name: table.to_dict() for name, table in tables.items()}), encoding="utf-8")
-    temporary.replace(file)

@@ -5,18 +5,15 @@ Measured once for a model, a sequence and a way to cut it, with made-up tokens, 
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 
 from stretto.core.plan import Progress
 from stretto.hardware.cluster import Cluster
 from stretto.hardware.probe import cache_folder, is_this_machine
 from stretto.hardware.table import Table
+from stretto.hardware.table_files import read_tables, write_tables
 from stretto.models.spec import ModelSpec
 from stretto.train.costs import signature, tables
 from stretto.train.job import TrainJob
@@ -90,7 +87,7 @@ def _tables(
 ) -> dict[str, Table]:
     name = sha256(f"{signature(job, plan, spec, '')} {sizes} {job.optimizer.name}".encode()).hexdigest()[:24]
     file = cache_folder() / f"train-{_FORMAT}-{cluster.fingerprint()}" / f"{name}.json"
-    cached = None if again else _read(file)
+    cached = None if again else read_tables(file, fresh_s=FRESH_S)
     if cached is not None:
         return cached
     found: dict[int, dict[str, list[list[float]]]] = {}
@@ -101,23 +98,5 @@ def _tables(
 
     run_ranks(job, plan, task="measure", hear=hear, micro_batches=sizes)
     made = tables(job, plan, spec, [found[rank] for rank in sorted(found)])
-    _write(file, made)
+    write_tables(file, made)
     return made
-
-
-def _read(file: Path) -> dict[str, Table] | None:
-    """None if there is nothing, or nothing that can be read or is still fresh."""
-    try:
-        if time.time() - file.stat().st_mtime > FRESH_S:
-            return None
-        plain = json.loads(file.read_text(encoding="utf-8"))
-        return {name: Table.from_dict(table) for name, table in plain.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write(file: Path, made: dict[str, Table]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.part")
-    temporary.write_text(json.dumps({name: table.to_dict() for name, table in made.items()}), encoding="utf-8")
-    temporary.replace(file)

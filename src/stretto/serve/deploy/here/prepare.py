@@ -7,14 +7,13 @@ takes as long as timing passes, so what is old is measured anew rather than chec
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 from pathlib import Path
 
 from stretto.core.plan import Progress
 from stretto.hardware.cluster import Cluster
 from stretto.hardware.probe import cache_folder
 from stretto.hardware.table import Table
+from stretto.hardware.table_files import read_tables, write_tables
 from stretto.serve.deploy.here import choices
 from stretto.serve.deploy.here.measured import MeasuredCosts
 from stretto.serve.deploy.here.running import started
@@ -41,14 +40,11 @@ def prepare(job: DeploymentJob, cluster: Cluster, progress: Progress) -> Cluster
 
 def _tables(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster, name: str) -> dict[str, Table]:
     file = _file(job, plan, cluster, name)
-    cached = _read(file)
+    cached = read_tables(file, fresh_s=FRESH_S)
     if cached is not None:
         return cached
     tables = asyncio.run(_measure(job, plan, cluster)).to_tables(name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps({key: table.to_dict() for key, table in tables.items()}), encoding="utf-8")
-    temporary.replace(file)
+    write_tables(file, tables)
     return tables
 
 
@@ -62,14 +58,3 @@ async def _measure(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -
 def _file(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster, name: str) -> Path:
     plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{name}-{choices.points_of(job, plan, cluster)}")
     return cache_folder() / f"deployment-{_FORMAT}-{cluster.fingerprint()}" / f"{plain[-160:]}.json"
-
-
-def _read(file: Path) -> dict[str, Table] | None:
-    """None if there is nothing fresh, or nothing that can be read."""
-    try:
-        if time.time() - file.stat().st_mtime > FRESH_S:
-            return None
-        plain = json.loads(file.read_text(encoding="utf-8"))
-        return {name: Table.from_dict(table) for name, table in plain.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
