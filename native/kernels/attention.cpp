@@ -18,9 +18,9 @@ namespace stretto {
 
 AttendHead attention_kernel(const std::string &level) {
 #if defined(__x86_64__)
+    if (level == "amx") return kAttendAmx;
     if (level == "avx512bf16") return kAttendAvx512Bf16;
-    // Where there are tiles, products of bf16 pairs take four times as long as those of fp32.
-    if (level == "amx" || level == "avx512") return kAttendAvx512;
+    if (level == "avx512") return kAttendAvx512;
     if (level == "avx2") return kAttendAvx2;
 #endif
     if (level == "plain") return kAttendPlain;

@@ -22,7 +22,8 @@ struct AttentionCall {
     const int64_t *open_table = nullptr;  // [rows, table_width]; only those of pages that are not full are looked at
 };
 
-constexpr int64_t kNeighbours = 8;  // rows that one call takes at most
+constexpr int64_t kNeighbours = 8;  // rows that one call takes at most, unless it is one of tiles
+constexpr int64_t kTileNeighbours = 16;
 
 // One KV head of `count` rows from `row` on, which are neighbouring positions of one text: all of them read the block table of the last.
 using AttendHead = void (*)(const AttentionCall &, int64_t row, int64_t count, int64_t head);
@@ -30,11 +31,14 @@ using AttendHead = void (*)(const AttentionCall &, int64_t row, int64_t count, i
 // The kernels of each level.
 extern const AttendHead kAttendPlain;
 #if defined(__x86_64__)
-extern const AttendHead kAttendAvx512Bf16, kAttendAvx512, kAttendAvx2;
+extern const AttendHead kAttendAmx, kAttendAvx512Bf16, kAttendAvx512, kAttendAvx2;
 #endif
 
 // The kernel of a level of instructions; throws std::invalid_argument for an unknown one.
 AttendHead attention_kernel(const std::string &level);
+
+// Whether level "amx" has tiles for such heads; it does the others as level "avx512".
+inline bool attention_by_tiles(int64_t dim, bool is_bf16, bool packed) { return is_bf16 && !packed && dim % 32 == 0; }
 
 // Whether there is a kernel for heads of this width, over a cache in 4 bits if `packed`.
 bool attention_has(int64_t dim, bool packed);

@@ -9,42 +9,12 @@
 #include <cstring>
 #include <limits>
 
-#include "attention.hpp"
-#include "kv_pages.hpp"
+#include "attention_pages.hpp"
 #include "levels.hpp"
-#include "simd.hpp"
-
-using namespace stretto;
 
 namespace {
 
-constexpr int kBlock = kPagePositions;  // 64: positions whose scores are held at once, wherever pages end; a multiple of every number of lanes
 constexpr int kMostQueries = 4;  // queries of one KV head that share a read of its keys
-
-using Call = AttentionCall;
-
-// Asks for one token's DIM elements ahead of their use: runs are too short for the hardware to see them coming.
-template <int DIM, typename T>
-STRETTO_INLINE void fetch(const T *p) {
-    for (int byte = 0; byte < static_cast<int>(DIM * sizeof(T)); byte += 64) __builtin_prefetch(reinterpret_cast<const char *>(p) + byte);
-}
-
-// Where this thread reads keys after those before position `at`: further on in the row, or else at its next head's start.
-template <typename T, int DIM>
-STRETTO_INLINE const T *next_keys(const Call &call, const T *keys, int64_t row, int64_t head, int64_t at) {
-    const int64_t *table = call.table + row * call.table_width;
-    if (at >= call.length[row]) {
-        at = 0;
-        head++;
-        if (head == call.kv_heads) {
-            if (row + 1 == call.rows) return keys;
-            head = 0;
-            table += call.table_width;
-        }
-    }
-    const int64_t offset = at % call.page_tokens, page = table[at / call.page_tokens];
-    return static_cast<const T *>(call.cache) + ((page * 2 * call.kv_heads + head) * call.page_tokens + offset) * DIM;
-}
 
 // An online softmax of QUERIES queries, and the values that it has mixed so far.
 template <int DIM, int QUERIES, int LANES>
@@ -193,16 +163,6 @@ struct Queries {
     }
 };
 
-template <typename T>
-STRETTO_INLINE const T *queries_of(const Call &call, int64_t row) {
-    return static_cast<const T *>(call.query) + row * call.row_stride;
-}
-
-template <typename T>
-STRETTO_INLINE T *result_of(const Call &call, int64_t row) {
-    return static_cast<T *>(call.out) + row * call.kv_heads * call.group * call.dim;
-}
-
 // A block of keys turned round: [DIM, kBlock], so that positions are the lanes of scores, and no sum runs across lanes.
 template <int DIM, int LANES>
 struct Turned {
@@ -269,23 +229,15 @@ STRETTO_INLINE void attend(const Call &call, Range of) {
     using S = Simd<LANES>;
     Turned<DIM, LANES> turned;
     alignas(64) float values[kBlock][DIM];  // in one place, which the nearest cache holds
-    const T *cache = static_cast<const T *>(call.cache);
     const int64_t last = of.row + of.count - 1, longest = call.length[last];
-    const int64_t *table = call.table + last * call.table_width;
-    const int64_t page_tokens = call.page_tokens, heads = 2 * call.kv_heads;
-    const int64_t to_values = call.kv_heads * page_tokens * DIM;  // from a key to its value
+    const int64_t to_values = call.kv_heads * call.page_tokens * DIM;  // from a key to its value
     Queries<T, DIM, QUERIES, LANES, DOTS> queries[kNeighbours];
     Mix<DIM, QUERIES, LANES> mix[kNeighbours];
     for (int64_t r = 0; r < of.count; r++) queries[r].load(queries_of<T>(call, of.row + r) + of.first * DIM);
     for (int64_t at = 0; at < longest; at += kBlock) {
         const int count = static_cast<int>(std::min<int64_t>(longest - at, kBlock));
         const T *keys[kBlock];
-        for (int i = 0; i < count;) {
-            const int64_t offset = (at + i) % page_tokens, page = table[(at + i) / page_tokens];
-            const int end = static_cast<int>(std::min<int64_t>(count, i + page_tokens - offset));
-            const T *key = cache + ((page * heads + of.head) * page_tokens + offset) * DIM;
-            for (; i < end; i++, key += DIM) keys[i] = key;
-        }
+        find_keys<T, DIM>(call, last, of.head, at, count, keys);
         const T *next = next_keys<T, DIM>(call, keys[0], last, of.head, at + count);
         const auto left = [&](int64_t r) STRETTO_INLINED {
             return static_cast<int>(std::min<int64_t>(call.length[of.row + r] - at, kBlock));

@@ -196,15 +196,16 @@ class Decoder {
                 for (const Packed *w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) most = std::max(most, ready_bytes(*w, rows));
             }
             ready = decoder.ready_.get(most);
-            find_neighbours();
+            const bool by_tiles = level == "amx" && attention_by_tiles(s.dim, cache_is_bf16, open);
+            find_neighbours(by_tiles ? kTileNeighbours : kNeighbours);
         }
 
         // Rows that are neighbouring positions of one text are attended to together.
-        void find_neighbours() {
+        void find_neighbours(int64_t most) {
             neighbours.clear();
             for (int64_t r = 0, begun = 0; r < rows; r++) {
                 const int64_t *table = tables + r * table_width;
-                const bool goes_on = r > 0 && r - begun < kNeighbours && lengths[r] == lengths[r - 1] + 1 &&
+                const bool goes_on = r > 0 && r - begun < most && lengths[r] == lengths[r - 1] + 1 &&
                                      std::equal(table, table + table_width, table - table_width);
                 if (goes_on) continue;
                 neighbours.push_back(r);

@@ -21,13 +21,13 @@ namespace stretto {
 #define STRETTO_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 #define STRETTO_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 
-// Whether tiles of bytes can be multiplied here; asks the system to keep this process's tiles, which it must before the first is touched.
+// Whether tiles of bytes and of bf16 can be multiplied here; asks the system to keep this process's tiles, which it must before the first is touched.
 inline bool ask_for_amx() {
 #if defined(__x86_64__) && defined(__linux__)
-    constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;  // of EDX
+    constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // of EDX: products of bf16, tiles, products of bytes
     constexpr long kAsk = 0x1023, kTileData = 18;             // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTiles | kBytes)) != (kTiles | kBytes)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
     return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
 #else
     return false;

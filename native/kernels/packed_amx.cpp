@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "amx_tiles.hpp"
 #include "buffer.hpp"
 #include "packed.hpp"
 #include "packed_vectors.hpp"
@@ -19,44 +20,24 @@ namespace {
 #define STRETTO_INLINE_BF16 __attribute__((target(STRETTO_AVX512_BF16), always_inline))
 
 constexpr int64_t kFewest = 8, kFewestBytes = 17;  // rows below which vectors are as fast; with weights of 8 bits
-constexpr int kTile = 16;       // rows of a tile, and its columns
 
 // Tiles by their numbers: the sums of up to three planes, rows, weights.
 enum { kSums = 0, kRows = 3, kWeights = 4 };
 
-// Instructions on tiles, as assembly: the compiler's own take a tile's number as it is spelled, which in a template is no number.
-template <int TILE>
-inline void load_tile(const void *from, int64_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
-}
-template <int TILE>
-inline void store_tile(void *to) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t(kTile * 4)), "i"(TILE) : "memory");
-}
-template <int TILE>
-inline void clear_tile() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
-}
 // SUM += rows (signed bytes) times weights (unsigned).
 template <int SUM>
 inline void multiply_tiles() {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(kRows), "i"(kWeights));
+    multiply_bytes<SUM, kRows, kWeights>();
 }
 
-// The shapes of all tiles, for blocks of `height` rows and `depth` inner elements at once.
-struct alignas(64) Shapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-
-    Shapes(int height, int depth) {
-        for (int tile = kSums; tile <= kRows; tile++) rows[tile] = uint8_t(height);
-        row_bytes[kRows] = uint16_t(depth);
-        rows[kWeights] = uint8_t(depth / 4);
-    }
-    void use() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
-    static void release() { asm volatile("tilerelease"); }
-};
+// The shapes for blocks of `height` rows and `depth` inner elements at once.
+TileShapes shapes_of(int height, int depth) {
+    TileShapes shapes;
+    for (int tile = kSums; tile <= kRows; tile++) shapes.rows[tile] = uint8_t(height);
+    shapes.row_bytes[kRows] = uint16_t(depth);
+    shapes.rows[kWeights] = uint8_t(depth / 4);
+    return shapes;
+}
 
 // How many bytes of a row a tile holds: 32 elements as twelves, else no more than a group.
 int depth_of(const Rows &rows) { return !rows.twelves && rows.group % 64 ? 32 : 64; }
@@ -219,14 +200,14 @@ STRETTO_TARGET_BF16 void multiply_sums(const Rows &rows, const Packed &w, int64_
                           w.group_bytes()};
         for (int64_t r = 0; r < rows.count; r += rows.tall) {
             const int height = int(std::min<int64_t>(rows.tall, rows.count - r));
-            if (height != shaped) Shapes(height, depth_of(rows)).use();
+            if (height != shaped) shapes_of(height, depth_of(rows)).use();
             shaped = height;
             const auto run = height <= 8 ? multiply_block<8, SUMS, TWELVES> : multiply_block<16, SUMS, TWELVES>;
             run(rows, r, height, panel);
             panel.ahead = nullptr;
         }
     }
-    Shapes::release();
+    TileShapes::release();
 }
 
 STRETTO_TARGET_BF16 void multiply_amx(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add) {

@@ -36,13 +36,27 @@ def test_every_level_type_and_width(level: str, dtype: torch.dtype, dim: int) ->
     torch.testing.assert_close(found, wanted, atol=BOUND[dtype], rtol=BOUND[dtype])
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 5, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 7, 8, 17, 70])
 @pytest.mark.parametrize("page_tokens", [1, 7, 64, 200])
-def test_any_group_and_page_size(group: int, page_tokens: int) -> None:
-    arguments = case(4, 2, group, 64, page_tokens, torch.float32, 200)
-    torch.testing.assert_close(
-        decode_attention(*arguments), decode_attention_reference(*arguments), atol=2e-6, rtol=2e-6
-    )
+def test_any_group_and_page_size(dtype: torch.dtype, group: int, page_tokens: int) -> None:
+    arguments = case(4, 2, group, 64, page_tokens, dtype, 200)
+    found, wanted = decode_attention(*arguments), decode_attention_reference(*arguments)
+    torch.testing.assert_close(found, wanted, atol=BOUND[dtype], rtol=BOUND[dtype])
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [*range(1, 66), 127, 128, 129])
+def test_every_length_and_what_lies_beyond_it_does_not_count(level: str, dtype: torch.dtype, length: int) -> None:
+    query, layer, tables, _ = case(1, 2, 3, 64, 32, dtype, 160)
+    lengths = torch.tensor([length])
+    found = decode_attention(query, layer, tables, lengths, level=level)
+    wanted = decode_attention_reference(query, layer, tables, lengths)
+    torch.testing.assert_close(found, wanted, atol=BOUND[dtype], rtol=BOUND[dtype])
+    for position in range(length, 160):
+        layer[tables[0, position // 32], :, position % 32] = torch.nan
+    assert torch.equal(decode_attention(query, layer, tables, lengths, level=level), found)
 
 
 @pytest.mark.parametrize("level", AVAILABLE)

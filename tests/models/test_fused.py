@@ -77,6 +77,15 @@ def test_cuts_and_pages_change_no_bit(fused: FusedDecoder, ids: list[int], cuts:
     assert torch.equal(logits_of(fused, ids, cuts, page_tokens), logits_of(fused, ids, [40], 64))
 
 
+@pytest.mark.parametrize("cuts", [[1] * 20 + [180], [130, 1, 1, 17, 51], [64, 64, 64, 8], [63, 2, 127, 8]])
+@pytest.mark.parametrize("page_tokens", [16, 64])
+def test_cuts_of_a_text_of_many_blocks_change_no_bit(
+    model: Model, fused: FusedDecoder, cuts: list[int], page_tokens: int
+) -> None:
+    long = model.tokenizer.encode(5 * TEXT)[:200]
+    assert torch.equal(logits_of(fused, long, cuts, page_tokens), logits_of(fused, long, [200], 64))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_number_of_threads_changes_no_bit(fused: FusedDecoder, ids: list[int], threads: int) -> None:
     wanted = logits_of(fused, ids, [30, 10], 16)
