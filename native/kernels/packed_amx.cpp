@@ -19,7 +19,7 @@ namespace {
 
 #define STRETTO_INLINE_BF16 __attribute__((target(STRETTO_AVX512_BF16), always_inline))
 
-constexpr int64_t kFewest = 8, kFewestBytes = 17;  // rows below which vectors are as fast; with weights of 8 bits
+constexpr int64_t kFewest = 8, kFewestBytes = 16;  // rows below which vectors are as fast; with weights of 8 bits
 
 // Tiles by their numbers: the sums of up to three planes, rows, weights.
 enum { kSums = 0, kRows = 3, kWeights = 4 };
@@ -55,8 +55,9 @@ struct Panel {
     const uint8_t *ahead;
     int64_t ahead_bytes;
 
-    // Ask for group g of the panel after this one, so that it comes from memory while this one is multiplied.
-    void ask_ahead(int64_t g) const {
+    // Ask for group g of the panel after this one, so that it comes from memory while this one is multiplied. Always inlined: calls of
+    // a function that does nothing but ask are thrown away by GCC as having no effect.
+    STRETTO_INLINE_BF16 inline void ask_ahead(int64_t g) const {
         if (!ahead) return;
         for (int64_t i = 0; i < ahead_bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(ahead + g * ahead_bytes + i), _MM_HINT_T0);
     }
@@ -196,7 +197,7 @@ STRETTO_TARGET_BF16 void multiply_sums(const Rows &rows, const Packed &w, int64_
                           stride,
                           std::min<int64_t>(kPanel, w.columns - p * kPanel),
                           add,
-                          p + 1 < last ? data + w.panel_bytes() : nullptr,
+                          p + 1 < w.panels() ? data + w.panel_bytes() : nullptr,
                           w.group_bytes()};
         for (int64_t r = 0; r < rows.count; r += rows.tall) {
             const int height = int(std::min<int64_t>(rows.tall, rows.count - r));
