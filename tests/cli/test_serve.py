@@ -164,6 +164,13 @@ def test_mistakes_are_one_line(folder: Path) -> None:
         (Options(dtype="int3"), "--dtype: the value is 'int3'"),
         (Options(max_num_seqs=0), "--max-num-seqs"),
         (Options(max_num_batched_tokens=0), "--max-num-batched-tokens"),
+        (Options(prefill="chunked"), "--prefill: the value is 'chunked'; it must be mixed or lanes"),
+        (Options(prefill="lanes", path="torch"), "--path: the value is 'torch'; it must be exact, bf16 or fast"),
+        (
+            Options(prefill="lanes", dtype="int4"),
+            "--dtype: the value is 'int4'; it must be fp32 or bf16, where prompts",
+        ),
+        (Options(prefill="lanes", preemption="swap", spare_tokens=9), "--preemption: the value is 'swap'"),
         (Options(api_key=("clé",)), "--api-key"),
         (Options(max_body_bytes=1), "--max-body-bytes"),
         (Options(drain_seconds=-1.0), "--drain-seconds"),
@@ -269,6 +276,11 @@ def test_a_plan_says_how_and_flags_go_before_it() -> None:
     assert (engine.layout, engine.reorder, engine.prefill_tokens, engine.dtype) == ("slots", "never", 100, "fp32")
 
 
+def test_a_plan_of_two_lanes_is_served_in_two_lanes() -> None:
+    engine = settings_of(Options(), plan_of(path="exact", prefill="lanes")).engine
+    assert (engine.prefill, engine.lane_threads) == ("lanes", 1)
+
+
 def test_predictions_are_shown_for_what_was_planned_alone() -> None:
     chosen = plan_of()
     costs = costs_of(chosen, settings_of(Options(), chosen))
@@ -281,7 +293,6 @@ def test_predictions_are_shown_for_what_was_planned_alone() -> None:
     ("chosen", "message"),
     [
         (plan_of(instances=2), "p.yaml: choices.instances: the plan has 2 instances"),
-        (plan_of(path="exact", prefill="lanes"), "p.yaml: choices.prefill: the plan has two lanes"),
         (replace(plan_of(), kind="train"), "p.yaml: the plan is of kind train"),
     ],
 )

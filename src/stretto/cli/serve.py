@@ -34,6 +34,7 @@ class Options:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    prefill: str | None = None
     dtype: str | None = None
     path: str | None = None
     threads: int | None = None
@@ -59,6 +60,7 @@ _ENGINE = {
     "max_model_len": "max_model_len",
     "max_num_seqs": "slots",
     "max_num_batched_tokens": "prefill_tokens",
+    "prefill": "prefill",
     "dtype": "dtype",
     "path": "path",
     "threads": "threads",
@@ -88,9 +90,10 @@ def serve(
     max_model_len: int | None = _option(None, "max-model-len", "Longest prompt and answer together, in tokens."),
     max_num_seqs: int | None = _option(None, "max-num-seqs", "Most requests that run at once; 8 if left out."),
     max_num_batched_tokens: int | None = _option(None, "max-num-batched-tokens", "Most prompt tokens in a pass."),
+    prefill: str | None = _option(None, "prefill", "Prompts in the passes of decoding rows, mixed, or beside, lanes."),
     dtype: str | None = _option(None, "dtype", "auto, fp32, bf16 or int4."),
     path: str | None = _option(None, "path", "How passes are computed: auto, torch, exact, bf16 or fast."),
-    threads: int | None = _option(None, "threads", "CPU threads; all if left out."),
+    threads: int | None = _option(None, "threads", "CPU threads, of each lane if there are two; all if left out."),
     kv_tokens: int | None = _option(
         None, "kv-tokens", "Tokens that the KV pool holds; all slots' longest if left out."
     ),
@@ -114,6 +117,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        prefill=prefill,
         dtype=dtype,
         path=path,
         threads=threads,
@@ -254,18 +258,12 @@ def chosen_plan(options: Options) -> Plan[Any, Any]:
             field="choices.instances",
             right="the server runs one; plan with `instances: 1`",
         )
-    if chosen.choices.prefill == "lanes":
-        raise UserError(
-            "the plan has two lanes",
-            file=options.plan,
-            field="choices.prefill",
-            right="the server runs one; plan with `prefill: mixed`",
-        )
     return chosen
 
 
 def _engine_of(chosen: Plan[Any, Any]) -> dict[str, Any]:
-    same = ("dtype", "path", "prefix_cache", "threads", "slots", "prefill_tokens", "joining", "layout", "reorder")
+    same: tuple[str, ...] = ("dtype", "path", "threads", "slots", "prefill_tokens", "prefill")
+    same += ("joining", "prefix_cache", "layout", "reorder")
     return {"model": chosen.job.model, **{name: getattr(chosen.choices, name) for name in same}}
 
 

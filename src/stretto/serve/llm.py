@@ -30,12 +30,14 @@ from stretto.serve.engine import Engine
 from stretto.serve.grammar import Grammars, GrammarSource
 from stretto.serve.handle import Handle
 from stretto.serve.joining import JOININGS
+from stretto.serve.lane_engine import engine_of
 from stretto.serve.local import LocalBackend
+from stretto.serve.local_lanes import LaneBackend
 from stretto.serve.logprobs import MOST_ALTERNATIVES, Logprob
 from stretto.serve.plan import WORKSPACE_BYTES
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import SchedulerConfig
 from stretto.serve.slots import Reorder
 from stretto.serve.text import AnswerText
 
@@ -55,10 +57,11 @@ class EngineSettings:
             "int4" keeps keys and values in 4 bits.
         path: how passes are computed, as in `ServePlan`; "auto" takes the fused decoder where the weights can stay
             packed ("bf16" or, in fp32, "exact"), else "torch".
-        threads: CPU threads of the passes; None takes all.
+        threads: CPU threads of the passes, with two lanes of those of each; None takes all, or half of them.
         slots: most requests that run at once.
         max_model_len: positions of the longest request, prompt and answer; None takes the model's own, at most 4,096.
         prefill_tokens: most prompt tokens in one pass.
+        prefill: "mixed" puts prompts into the passes of decoding rows, "lanes" beside them, as in `ServePlan`.
         joining: who joins the running batch, and when.
         layout: of the KV cache, as in `ServePlan`.
         prefix_cache: whether requests share the pages of texts that begin alike, in layout "pages".
@@ -76,6 +79,7 @@ class EngineSettings:
     slots: int = 8
     max_model_len: int | None = None
     prefill_tokens: int = 512
+    prefill: Literal["mixed", "lanes"] = "mixed"
     joining: str = "continuous"
     layout: Literal["pages", "slots"] = "pages"
     prefix_cache: bool = True
@@ -92,6 +96,7 @@ class EngineSettings:
         require(1 <= self.slots <= 4096, "slots", self.slots, "in 1 .. 4096")
         require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", self.max_model_len, ">= 2")
         require(1 <= self.prefill_tokens <= 2**20, "prefill_tokens", self.prefill_tokens, "in 1 .. 2**20")
+        require(self.prefill in ("mixed", "lanes"), "prefill", self.prefill, "mixed or lanes")
         require(self.preemption in ("recompute", "swap"), "preemption", self.preemption, "recompute or swap")
         swaps = self.preemption == "swap" and self.dtype == "int4"
         require(not swaps, "preemption", self.preemption, "recompute, for a cache in 4 bits")
@@ -102,6 +107,17 @@ class EngineSettings:
         able = [name for name in JOININGS if name != "static"]
         right = f"one of {', '.join(able)} (static batches wait for the last request, and a server has none)"
         require(self.joining in able, "joining", self.joining, right)
+        if self.prefill == "lanes":
+            beside = "where prompts have lanes"
+            require(self.layout == "pages", "layout", self.layout, f"pages, {beside}")
+            require(self.preemption == "recompute", "preemption", self.preemption, f"recompute, {beside}")
+            require(self.path != "torch", "path", self.path, f"exact, bf16 or fast, {beside}")
+            require(self.dtype != "int4", "dtype", self.dtype, f"fp32 or bf16, {beside}")
+
+    @property
+    def lane_threads(self) -> int:
+        """CPU threads of each of two lanes."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // 2)
 
     def longest(self, spec: ModelSpec) -> int:
         """Positions of the longest request.
@@ -135,6 +151,7 @@ class EngineSettings:
             pages=pages,
             page_tokens=page,
             prefill_tokens=self.prefill_tokens,
+            prefill=self.prefill,
             layout=self.layout,
             prefix_cache=self.prefix_cache and self.layout == "pages",
             reorder=self.reorder,
@@ -164,10 +181,12 @@ def load(settings: EngineSettings) -> Model:
 
     Raises:
         UserError: as `load_model`, and if weights and KV pool exceed this machine's memory.
-        FieldError: if more positions are asked for than the model has.
+        FieldError: if more positions are asked for than the model has, or two lanes of a model that cannot run fused.
     """
     dtype = _native_dtype() if settings.dtype == "auto" else settings.dtype
     path = _native_path(settings.model, dtype) if settings.path == "auto" else settings.path
+    if settings.prefill == "lanes" and path == "torch":
+        raise FieldError("prefill", settings.prefill, "mixed, for a model whose weights do not stay packed")
     model = load_model(settings.model, dtype=dtype, threads=settings.threads, path=path)
     _check_memory(model, settings)
     warm_up(model)
@@ -214,16 +233,18 @@ def _check_memory(model: Model, settings: EngineSettings) -> None:
         )
 
 
-def new_backend(model: Model, settings: EngineSettings, clock: RealClock) -> LocalBackend:
+def new_backend(model: Model, settings: EngineSettings, clock: RealClock) -> Backend:
     """A backend whose cache has the pages of `settings`."""
     config = settings.scheduler(model.spec)
-    size = {"pages": config.pages, "page_tokens": config.page_tokens, "spare_pages": config.spare_pages}
-    return LocalBackend(model, clock=clock, **size)
+    size = {"pages": config.pages, "page_tokens": config.page_tokens}
+    if settings.prefill == "lanes":
+        return LaneBackend(model, clock=clock, threads=settings.lane_threads, **size)
+    return LocalBackend(model, clock=clock, spare_pages=config.spare_pages, **size)
 
 
 def new_engine(model: Model, settings: EngineSettings, backend: Backend, clock: RealClock) -> Engine:
     """An engine that records nothing."""
-    return Engine(Scheduler(settings.scheduler(model.spec)), backend, clock, NoRecorder())
+    return engine_of(settings.scheduler(model.spec), backend, clock, NoRecorder())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,7 @@ def test_the_defaults_are_those_of_the_settings() -> None:
         "port": str(settings.port),
         "max-num-seqs": str(engine.slots),
         "max-num-batched-tokens": str(engine.prefill_tokens),
+        "prefill": engine.prefill,
         "dtype": engine.dtype,
         "path": engine.path,
         "preemption": engine.preemption,
