@@ -298,7 +298,7 @@ MUTANTS = {
             "if axis not in place.split), *place.partial)",
             "if axis not in place.split),)",
         ),
-        Mutant("tied copies go their own ways", "train/optimize.py", "table.grad += theirs", "theirs += 0"),
+        Mutant("tied copies go their own ways", "train/optimize.py", "part += theirs", "theirs += 0"),
         Mutant(
             "a tied copy counts twice in the norm",
             "train/optimize.py",

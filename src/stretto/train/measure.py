@@ -177,6 +177,7 @@ class _Bench:
         """What some rounds take, all ranks beginning together; the first round warms up."""
         seconds = []
         for _ in range(ROUNDS + 1):
+            self._leave()
             self.everyone.barrier()
             begun = time.perf_counter()
             call()

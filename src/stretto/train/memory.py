@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from stretto.core.orders import KINDS, Action, Message, Order
 from stretto.models.spec import ModelSpec
 from stretto.train.job import TrainJob
-from stretto.train.optimize import DATA_AXES, in_buckets
+from stretto.train.optimize import DATA_AXES, cut, in_buckets
 from stretto.train.plan import TrainPlan
 from stretto.train.traced import Parameter, parameters, pass_bytes
 
@@ -163,8 +163,9 @@ class _Walk:
         for each in self.mine:
             axes = (*(axis for axis in DATA_AXES if axis not in each.split), *each.partial)
             if each.trained and self.plan.grid.size(*axes) > 1:
-                groups.setdefault(axes, []).append(each.numel)
+                groups.setdefault(axes, []).extend(cut(each.numel))
         buckets = [sum(bucket) for numels in groups.values() for bucket in in_buckets(numels, lambda numel: numel)]
         tied = self.spec.tied_embeddings and self.plan.pp > 1 and self.rank in (0, self.plan.pp - 1)
-        table = self.grads_of["embed"] if tied else 0.0  # what comes from the other end
+        parts = cut(round(self.grads_of["embed"] / self.width)) if tied else []
+        table = self.width * max(parts, default=0)  # what comes from the other end
         return max(table, _SUM_COPIES * self.width * max(buckets, default=0))

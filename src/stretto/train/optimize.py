@@ -20,6 +20,7 @@ from stretto.train.job import Optimizer
 DATA_AXES = ("dp", "ep", "cp")
 """The axes whose ranks see different tokens."""
 _BUCKET_NUMEL = 8_000_000
+"""Numbers that are summed at once: larger room would be asked of the system, page by page, for every sum."""
 _NORM_NUMEL = 1_000_000
 """So many gradients at a time are widened for the norm."""
 _LEAST_SHARE = 0.1
@@ -70,7 +71,8 @@ class Trained:
         for axes in sorted(groups):
             axis = self.transport.axis(*axes)
             if axis.size > 1:
-                for bucket in in_buckets(groups[axes], torch.Tensor.numel):
+                parts = [part for gradient in groups[axes] for part in gradient.view(-1).split(_BUCKET_NUMEL)]
+                for bucket in in_buckets(parts, torch.Tensor.numel):
                     _sum_bucket(bucket, axis)
 
     def _sum_tied(self) -> None:
@@ -84,9 +86,9 @@ class Trained:
             if pp.size == 1:
                 continue
             other = pp.size - 1 if stage.first else 0
-            pending = pp.exchange([table.grad], to=other, source=other)
-            (theirs,) = pending.wait()
-            table.grad += theirs  # of two, any order gives the same bits
+            for part in table.grad.view(-1).split(_BUCKET_NUMEL):
+                (theirs,) = pp.exchange([part], to=other, source=other).wait()
+                part += theirs  # of two, any order gives the same bits
 
     def norm(self) -> float:
         """The length of the whole gradient, the same on every rank."""
@@ -120,6 +122,12 @@ class Trained:
             parameter.grad = None
 
 
+def cut(numel: int) -> list[int]:
+    """The lengths in which a gradient of so many numbers is summed."""
+    whole, rest = divmod(numel, _BUCKET_NUMEL)
+    return [_BUCKET_NUMEL] * whole + [rest] * (rest > 0)
+
+
 def in_buckets(items: Iterable[T], numel: Callable[[T], int]) -> Iterator[list[T]]:
     """Neighbours together up to a size, so that small ones share a message."""
     bucket: list[T] = []
@@ -133,9 +141,9 @@ def in_buckets(items: Iterable[T], numel: Callable[[T], int]) -> Iterator[list[T
 
 
 def _sum_bucket(bucket: Sequence[torch.Tensor], axis: Axis) -> None:
-    flat = axis.all_reduce_(torch.cat([gradient.view(-1) for gradient in bucket]))
+    flat = axis.all_reduce_(torch.cat(list(bucket)))
     for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+        gradient.copy_(part)
 
 
 def build(settings: Optimizer, trained: Trained) -> torch.optim.Optimizer:
