@@ -125,8 +125,10 @@ def commands(folder: Path) -> Iterator[tuple[str, tuple[list[str | Path], dict[s
     if python.exists():
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environment = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-        command = [python.parent / "vllm", "serve", folder, "--served-model-name", "model", "--dtype", "bfloat16"]
-        command += ["--max-model-len", "2048", "--max-num-seqs", most, "--no-enable-prefix-caching"]
+        # Not its command, which asks for a package of the name vllm: the CPU build has another.
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+        command += ["--served-model-name", "model", "--dtype", "bfloat16", "--max-model-len", "2048"]
+        command += ["--max-num-seqs", most, "--no-enable-prefix-caching"]
         yield "vLLM", (command, environment)
 
 
