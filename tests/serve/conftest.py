@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from stretto.models.load import Model, load_model
 
-from ..models.conftest import _one_thread, make_reference, tiny_tokenizer_json  # noqa: F401
+from ..models.conftest import _one_thread, make_reference, packaged, tiny_tokenizer_json  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from stretto.core.clock import RealClock  # noqa: E402
-from stretto.core.errors import UserError  # noqa: E402
 from stretto.core.record import Recorder  # noqa: E402
 from stretto.models.load import Model, load_model  # noqa: E402
-from stretto.models.source import packaged_model  # noqa: E402
 from stretto.serve.backend import Backend  # noqa: E402
 from stretto.serve.engine import Engine  # noqa: E402
 from stretto.serve.lane_engine import engine_of  # noqa: E402
@@ -36,14 +34,6 @@ PROMPTS = [
 NEW = 24
 Said = tuple[tuple[int, ...], tuple[Logprob, ...] | None]
 """The tokens of an answer and, of every other one, their logprobs."""
-
-
-@pytest.fixture(scope="module")
-def packaged() -> Path:
-    try:
-        return packaged_model()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module", params=["exact", "bf16", "fast"])

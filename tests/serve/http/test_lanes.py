@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 import stretto
-from stretto.core.errors import FieldError, UserError
-from stretto.models.source import packaged_model
+from stretto.core.errors import FieldError
 from stretto.serve.http.settings import ServerSettings
 from stretto.serve.llm import EngineSettings, load
 from stretto.serve.sampling import Sampling
@@ -26,14 +25,6 @@ PROMPTS = [
     "Water",
 ]
 LANES = {"path": "exact", "dtype": "fp32", "threads": 1, "slots": 3, "max_model_len": 1024, "prefill_tokens": 64}
-
-
-@pytest.fixture(scope="module")
-def packaged() -> Path:
-    try:
-        return packaged_model()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

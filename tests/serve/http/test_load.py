@@ -21,8 +21,6 @@ import numpy as np
 import pytest
 
 import stretto
-from stretto.core.errors import UserError
-from stretto.models.source import packaged_model
 
 from .conftest import until
 from .processes import Process, serving
@@ -30,14 +28,6 @@ from .test_reliability import streamed_text
 
 TEXT = "/v1/completions"
 STEP_GOAL_S = 0.080
-
-
-@pytest.fixture(scope="module")
-def packaged() -> Path:
-    try:
-        return packaged_model()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 # 64 clients for a minute.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,20 +20,9 @@ QUESTION: Any = [{"role": "user", "content": "What is the capital of France? Ans
 
 @pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
-    model = load_model(str(request.getfixturevalue("packaged_once")), dtype="fp32", threads=1)
+    model = load_model(str(request.getfixturevalue("packaged")), dtype="fp32", threads=1)
     with running(model, engine={"slots": 4, "max_model_len": 512}, api_keys=("sk-test",), max_queue=1) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def packaged_once() -> Path:
-    from stretto.core.errors import UserError
-    from stretto.models.source import packaged_model
-
-    try:
-        return packaged_model()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
