@@ -50,3 +50,15 @@ def test_as_much_as_a_run_reads_is_read_before_each_way(bench: tuple[measure._Be
     found._passes(1)
     passes, messages = 3 * (measure.ROUNDS + 1), measure.ROUNDS + 1
     assert done == ["leave", "forward", "leave"] * passes + ["leave"] * messages
+
+
+def test_the_optimizer_is_also_timed_over_as_much_as_a_rank_of_the_whole_model_trains(
+    bench: tuple[measure._Bench, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = bench[0]
+    own = sum(parameter.numel() for parameter in found.stage.parameters())
+    found.numel = 3.2 * own
+    found._steps()
+    assert [at for at, _ in found.found["optimizer"]] == [own, 3 * own]
+    monkeypatch.setattr(measure, "_MOST_MEMORY", 0.0)
+    assert found._copies() == 0

@@ -7,6 +7,7 @@ it, with the collectives that are inside it. The job's text is never touched: to
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,11 @@ ROUNDS = 7
 _SUM_NUMELS = (1_000, 8_000_000)
 _LAYERS = 4
 """So many layers take turns."""
+_STEP_ROUNDS = 3
+_STEP_BYTES = 5
+"""Copies of a weight while the optimizer steps: itself, its gradient, two moments, one for a while."""
+_MOST_MEMORY = 0.25
+"""At most such a part of the machine's memory is filled, by all ranks together, for one piece."""
 _MOST_BETWEEN = 512_000_000
 """At most so many bytes are read before a piece is timed: see `_Bench._leave`."""
 
@@ -55,21 +61,25 @@ class _Bench:
             layout=plan.cp_layout,
             experts=plan.experts,
         )
-        spec = replace(model_of(job).spec, layers=_LAYERS)
-        adapters = job.adapters
-        self.stage = CausalStage(
-            spec,
-            split=split,
-            lora=Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets) if adapters else None,
-            dtype=torch.float64 if job.dtype == "fp64" else torch.float32,
-            compute=TORCH["bf16"] if job.dtype == "bf16" else None,
-        )
-        initialise(self.stage, seed=0)
-        weights = model_of(job).spec.parameters() * self.stage.dtype.itemsize
-        self.between = torch.zeros(int(min(_MOST_BETWEEN, 2 * weights / (plan.tp * plan.ep))) // 4)
-        self.job, self.plan, self.transport = job, plan, transport
+        self.job, self.plan, self.transport, self.split = job, plan, transport, split
+        self.stage = self._stage()
+        self.numel = model_of(job).spec.parameters() / (plan.tp * plan.ep)  # that a rank of the whole model holds
+        self.between = torch.zeros(int(min(_MOST_BETWEEN, 2 * self.numel * self.stage.dtype.itemsize)) // 4)
         self.everyone = transport.axis(*(name for name, _ in plan.grid.axes))
         self.found: Points = {}
+
+    def _stage(self) -> CausalStage:
+        """Some layers between the embedding and the head, cut as the plan has it."""
+        adapters = self.job.adapters
+        stage = CausalStage(
+            replace(model_of(self.job).spec, layers=_LAYERS),
+            split=self.split,
+            lora=Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets) if adapters else None,
+            dtype=torch.float64 if self.job.dtype == "fp64" else torch.float32,
+            compute=TORCH["bf16"] if self.job.dtype == "bf16" else None,
+        )
+        initialise(stage, seed=0)
+        return stage
 
     def points(self, micro_batches: Sequence[int]) -> Points:
         for micro_batch in micro_batches:
@@ -156,8 +166,25 @@ class _Bench:
             self._time("sum", float(numel), add if axis.size > 1 else lambda: None)
 
     def _steps(self) -> None:
-        """The norm, clipping and the optimizer over what a rank of this stage trains."""
-        trained = optimize.Trained([self.stage], self.transport)
+        """The norm, clipping and the optimizer over what a rank of this stage trains, and over about as much as one of the
+        whole model does: what is that large stays in no cache from one of an optimizer's sweeps to the next.
+        """
+        self._step([self.stage], ROUNDS)
+        copies = self._copies()
+        if copies:
+            self._step([self.stage, *(self._stage() for _ in range(copies))], _STEP_ROUNDS)
+
+    def _copies(self) -> int:
+        """How many stages more there must be, and can be, for that: the same on every rank."""
+        if self.job.adapters:
+            return 0
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _MOST_MEMORY
+        most = memory / (self.plan.grid.world * _STEP_BYTES * self.stage.dtype.itemsize)
+        stage = self.stage.spec.parameters() / (self.plan.tp * self.plan.ep)
+        return max(0, round(min(self.numel, most) / stage) - 1)
+
+    def _step(self, stages: Sequence[CausalStage], rounds: int) -> None:
+        trained = optimize.Trained(stages, self.transport)
         numel = sum(parameter.numel() for parameter in trained.parameters)
         if not numel:
             return
@@ -171,12 +198,12 @@ class _Bench:
             trained.scale(0.5)
             optimizer.step()
 
-        self._time("optimizer", float(numel), step)
+        self._time("optimizer", float(numel), step, rounds)
 
-    def _time(self, piece: str, at: float, call: Callable[[], Any]) -> None:
+    def _time(self, piece: str, at: float, call: Callable[[], Any], rounds: int = ROUNDS) -> None:
         """What some rounds take, all ranks beginning together; the first round warms up."""
         seconds = []
-        for _ in range(ROUNDS + 1):
+        for _ in range(rounds + 1):
             self._leave()
             self.everyone.barrier()
             begun = time.perf_counter()
