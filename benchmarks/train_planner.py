@@ -4,8 +4,9 @@ Each plan that can run is trained for some steps, and its median step, after the
 lie as it stays), and the most bytes of its tensors (counted on the fullest rank of each stage) are laid beside what was
 predicted. Plans are trained a few at a time; their pieces are timed before and after, and a prediction is the mean of
 both. A machine's pace changes meanwhile, so the pick and those that looked fastest are trained again in turn, and it is
-these runs that the pick is judged by. Goals: the pick is within 5 % of the fastest plan; a step is within 15 % of its prediction; bytes are within 5 % of the
-counted, and never more than 2 % below. The null model of a step is the mean of all plans.
+these runs that the pick is judged by. Goals: the pick is within 5 % of the fastest plan; a step is within 15 % of its
+prediction; bytes are within 5 % of the counted, and never more than 2 % below. The null model of a step is the mean of
+all plans.
 
 Usage: python benchmarks/train_planner.py [--json] [--quick] [--job FILE]
 """

@@ -166,8 +166,8 @@ class _Bench:
             self._time("sum", float(numel), add if axis.size > 1 else lambda: None)
 
     def _steps(self) -> None:
-        """The norm, clipping and the optimizer over what a rank of this stage trains, and over about as much as one of the
-        whole model does: what is that large stays in no cache from one of an optimizer's sweeps to the next.
+        """The norm, clipping and the optimizer over what a rank of this stage trains, and over about as much as one of
+        the whole model does: what is that large stays in no cache from one of an optimizer's sweeps to the next.
         """
         self._step([self.stage], ROUNDS)
         copies = self._copies()
