@@ -27,7 +27,7 @@ import harness
 from harness import Row
 from stretto.core.record import Recorder
 from stretto.serve.deploy.costs import Lane
-from stretto.serve.deploy.here import MeasuredCosts, started
+from stretto.serve.deploy.here import Here, MeasuredCosts, started
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Load
 from stretto.serve.deploy.report import Latencies
@@ -45,6 +45,8 @@ CONFIG = SchedulerConfig(
     prefill="whole",
 )
 RATES = (0.5, 0.9, 1.2)
+TIMED = 4
+"""So many times passes are timed between two loads: the machine's pace changes from second to second."""
 FIRST_GOAL, TOKEN_GOAL, SPEED_GOAL = 0.20, 0.08, 0.15
 
 
@@ -101,17 +103,22 @@ class Run:
         return serve(self.load, self.costs.at_pace(self.pace), CONFIG)
 
 
+async def timed(here: Here) -> MeasuredCosts:
+    first, *others = [await here.measure() for _ in range(TIMED)]
+    return first.mean(*others)
+
+
 async def run_plan(layout: Layout, rates: Sequence[float], count: int) -> list[Run]:
     """A load at each of `rates`, in parts of what the plan can serve, and one all at once; for real."""
     found = []
     async with started(MODEL, layout, CONFIG) as here:
-        before = await here.measure()
+        before = await timed(here)
         most = capacity(before)
         for rate in (*rates, None):
             load = requests(count, None if rate is None else rate * most)
             recorder = Recorder("measured")
             _, real = await here.serve(load, recorder=recorder)
-            after = await here.measure()
+            after = await timed(here)
             busy_s = sum(recorder.trace().busy.values())
             found.append(Run(rate, load, real, busy_s, before.mean(after)))
             before = after

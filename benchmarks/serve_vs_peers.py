@@ -5,9 +5,11 @@ llama.cpp runs its own eval loop on the file as it is (Q4_1) and requantised to 
 whichever is faster; vLLM's CPU build runs its own engine on the same weights in bf16, with all cores bound to its
 workers. No one shares prompts. The peers are run before and after ours, and the mean is taken. A model of 1.1 billion
 random weights in Q4_0 is run beside llama.cpp besides, one stream. Each peer needs an environment of its own: `make
-peers`.
+peers`. With --without-tiles nobody uses AMX, as on machines that have none: we ourselves are told so, and oneDNN, with
+which vLLM multiplies; llama.cpp's build has no AMX in it.
 
 Usage: python benchmarks/serve_vs_peers.py [--json] [--quick] [--llama PYTHON] [--vllm PYTHON] [--small-only]
+    [--without-tiles]
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from stretto.models.weights import state_dict
 from stretto.serve.llm import EngineSettings, load, new_backend, new_engine
 from stretto.serve.request import Answer, Request
 
+WITHOUT_TILES = {"STRETTO_KERNELS": "avx512bf16", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 HERE = Path(__file__).parent / "peers"
 LLAMA, VLLM = Path(".peers/llama/bin/python"), Path(".peers/vllm/bin/python")
 PATHS = {"exact": "fp32", "bf16": "bf16", "fast": "bf16"}
@@ -239,8 +242,11 @@ def large(python: Path, file: Path, ids: Sequence[int]) -> list[harness.Row]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llama", type=Path, default=LLAMA, help="interpreter that has llama-cpp-python")
     parser.add_argument("--vllm", type=Path, default=VLLM, help="interpreter that has vLLM's CPU build")
+    parser.add_argument("--without-tiles", action="store_true", help="on a machine with AMX: as on one without")
     parser.add_argument("--small-only", action="store_true", help="without the model of 1.1 billion weights")
 
 
 if __name__ == "__main__":
+    if "--without-tiles" in sys.argv and not os.environ.items() >= WITHOUT_TILES.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WITHOUT_TILES)  # read at the first import
     sys.exit(harness.main(measure, __doc__, add=add_options))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stretto.kernels import _native
-from stretto.kernels.attention import HEAD_DIMS, LEVELS, decode_attention, decode_attention_reference
+from stretto.kernels.attention import HEAD_DIMS, decode_attention, decode_attention_reference
+from stretto.kernels.levels import LEVELS
 
 AVAILABLE = LEVELS[LEVELS.index(_native.best_level()) :]
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}

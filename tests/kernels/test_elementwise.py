@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stretto.kernels.attention import BEST_LEVEL, LEVELS
 from stretto.kernels.elementwise import gated_silu, rotate, scatter
+from stretto.kernels.levels import BEST_LEVEL, LEVELS
 
 AVAILABLE = LEVELS[LEVELS.index(BEST_LEVEL) :]
 DTYPES = [torch.float32, torch.bfloat16]

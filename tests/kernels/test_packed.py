@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stretto.kernels.attention import BEST_LEVEL, LEVELS
+from stretto.kernels.levels import BEST_LEVEL, LEVELS
 from stretto.kernels.packed import PACKED_LEVELS, PATHS, PackedMatrix, concatenate, pack, pack_numbers
 
 AVAILABLE = [level for level in PACKED_LEVELS if level in LEVELS[LEVELS.index(BEST_LEVEL) :]]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from stretto.kernels.attention import BEST_LEVEL, LEVELS
+from stretto.kernels.levels import BEST_LEVEL, LEVELS
 from stretto.kernels.linear import Quantized, QuantLinear, replace_linear, round_to_nearest
 from stretto.kernels.packed import PACKED_LEVELS, PATHS, PackedMatrix, pack
 

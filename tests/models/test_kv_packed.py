@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from stretto.kernels.attention import BEST_LEVEL, LEVELS  # noqa: E402
+from stretto.kernels.levels import BEST_LEVEL, LEVELS  # noqa: E402
 from stretto.models.batching import Segment  # noqa: E402
 from stretto.models.fused import FusedDecoder, build_fused  # noqa: E402
 from stretto.models.kv_cache import KVCache  # noqa: E402

@@ -11,13 +11,12 @@ import math
 from typing import TYPE_CHECKING
 
 from stretto.kernels import _native
+from stretto.kernels.levels import BEST_LEVEL
 
 if TYPE_CHECKING:
     import torch
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
-LEVELS = ("amx", "avx512bf16", "avx512", "avx2", "plain")
-BEST_LEVEL = _native.best_level()
 
 
 def decode_attention(

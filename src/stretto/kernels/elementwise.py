@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stretto.kernels import _native
-from stretto.kernels.attention import BEST_LEVEL
+from stretto.kernels.levels import BEST_LEVEL
 
 if TYPE_CHECKING:
     import torch

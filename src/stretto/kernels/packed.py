@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from stretto.core.errors import require
 from stretto.kernels import _native
-from stretto.kernels.attention import BEST_LEVEL
+from stretto.kernels.levels import BEST_LEVEL
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ import torch
 
 from stretto.core.errors import UserError
 from stretto.kernels import _native
-from stretto.kernels.attention import BEST_LEVEL
+from stretto.kernels.levels import BEST_LEVEL
 from stretto.kernels.packed import PackedMatrix, Path, concatenate, pack, pack_gguf, pack_numbers
 from stretto.models.batching import Segment, check_segments
 from stretto.models.kv_cache import KVCache

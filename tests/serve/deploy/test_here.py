@@ -123,6 +123,9 @@ def test_tables_are_read_between_their_points_and_beyond() -> None:
 def test_costs_are_scaled_averaged_and_kept_in_tables() -> None:
     mean = COSTS.mean(COSTS.at_pace(3.0))
     assert [base for _, base, _ in mean.decode] == pytest.approx([0.020, 0.028])
+    assert [each for *_, each in COSTS.mean(COSTS.at_pace(3.0), COSTS.at_pace(5.0)).decode] == pytest.approx(
+        [3 * each for *_, each in COSTS.decode]
+    )
     assert [seconds for _, seconds in mean.prompts] == pytest.approx([0.040, 0.240])
     assert MeasuredCosts.from_tables(COSTS.to_tables("a"), "a", Layout()) == COSTS
     assert MeasuredCosts.from_tables(COSTS.to_tables("a"), "b", Layout()) is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from stretto.hardware.table import Table
 from stretto.serve.deploy.costs import Lane, Parts
@@ -106,16 +107,20 @@ class MeasuredCosts:
             prompts=tuple((tokens, seconds * pace) for tokens, seconds in self.prompts),
         )
 
-    def mean(self, other: MeasuredCosts) -> MeasuredCosts:
-        """Half way between two measurements of the same points."""
+    def mean(self, *others: MeasuredCosts) -> MeasuredCosts:
+        """In the middle of this and other measurements of the same points."""
+        each = (self, *others)
         return MeasuredCosts(
             layout=self.layout,
             decode=tuple(
-                (rows, (a + c) / 2, (b + d) / 2)
-                for (rows, a, b), (_, c, d) in zip(self.decode, other.decode, strict=True)
+                (rows[0][0], fmean(base for _, base, _ in rows), fmean(position for *_, position in rows))
+                for rows in zip(*(one.decode for one in each), strict=True)
             ),
-            prompts=tuple((n, (a + b) / 2) for (n, a), (_, b) in zip(self.prompts, other.prompts, strict=True)),
-            spread=max(self.spread, other.spread),
+            prompts=tuple(
+                (same[0][0], fmean(seconds for _, seconds in same))
+                for same in zip(*(one.prompts for one in each), strict=True)
+            ),
+            spread=max(one.spread for one in each),
         )
 
     def to_tables(self, name: str) -> dict[str, Table]:
