@@ -25,7 +25,7 @@ import transformers
 
 import harness
 from stretto.models import Model, load_model
-from stretto.models.batching import Segment
+from stretto.models.segment import Segment
 from stretto.models.source import packaged_model
 from stretto.models.thread import compute
 

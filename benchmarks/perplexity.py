@@ -35,13 +35,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "60000")
 import torch
 
 import harness
-from stretto.models.batching import Segment
 from stretto.models.load import ModelFiles, load_model, open_model
 from stretto.models.quantize.grid import Grid
 from stretto.models.quantize.layerwise import Recipe, quantise_model, with_quantised
 from stretto.models.quantize.mixed import fake_product
 from stretto.models.quantize.mixed_model import calibrate_mixed
 from stretto.models.quantized import PackedTensor
+from stretto.models.segment import Segment
 from stretto.models.thread import compute
 from stretto.models.transformer import build
 from stretto.models.weights import Weights

@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from stretto.core.errors import UserError  # noqa: E402
-from stretto.models.batching import Segment  # noqa: E402
 from stretto.models.fused import FusedDecoder, build_fused  # noqa: E402
 from stretto.models.load import Model, load_model, open_model  # noqa: E402
 from stretto.models.packable import why_not_fused  # noqa: E402
+from stretto.models.segment import Segment  # noqa: E402
 
 TEXT = (
     "The history of the printing press begins long before its famous inventor set his first line of type. Paper had "

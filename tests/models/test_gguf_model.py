@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stretto.models import Model, load_model
-from stretto.models.batching import Segment
+from stretto.models.segment import Segment
 from stretto.models.transformer import rope_frequencies
 from stretto.models.weights import ROPE_DIVISORS
 

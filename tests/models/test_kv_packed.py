@@ -10,11 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from stretto.kernels.levels import BEST_LEVEL, LEVELS  # noqa: E402
-from stretto.models.batching import Segment  # noqa: E402
 from stretto.models.fused import FusedDecoder, build_fused  # noqa: E402
 from stretto.models.kv_cache import KVCache  # noqa: E402
 from stretto.models.kv_packed import PAGE_TOKENS, PackedKVCache, page_bytes  # noqa: E402
 from stretto.models.load import open_model  # noqa: E402
+from stretto.models.segment import Segment  # noqa: E402
 from stretto.models.spec import ModelSpec  # noqa: E402
 
 AVAILABLE = LEVELS[LEVELS.index(BEST_LEVEL) :]

@@ -16,8 +16,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from stretto.core.errors import FieldError, UserError  # noqa: E402
-from stretto.models.batching import Segment  # noqa: E402
-from stretto.models.configs import config_of  # noqa: E402
+from stretto.models.configs import config_of, spec_from_config  # noqa: E402
 from stretto.models.fused import build_fused  # noqa: E402
 from stretto.models.load import ModelFiles, open_model  # noqa: E402
 from stretto.models.packable import why_not_fused  # noqa: E402
@@ -37,6 +36,7 @@ from stretto.models.quantize.mixed import fake_product  # noqa: E402
 from stretto.models.quantize.mixed_model import calibrate_mixed  # noqa: E402
 from stretto.models.quantize.run import Calibration, quantise_to, text_windows  # noqa: E402
 from stretto.models.quantized import BlockTensor, GroupedTensor, Quantised  # noqa: E402
+from stretto.models.segment import Segment  # noqa: E402
 from stretto.models.spec import ModelSpec  # noqa: E402
 from stretto.models.tokenizer import Tokenizer  # noqa: E402
 from stretto.models.transformer import Transformer, build  # noqa: E402
@@ -258,7 +258,7 @@ def test_a_start_token_survives(tiny_tokenizer_json: str, tmp_path: Path) -> Non
 
 def test_a_written_config_describes_the_same_model(reference: Any, saved: Path) -> None:
     spec = open_model(str(saved)).spec
-    assert ModelSpec.from_config(config_of(spec)) == spec
+    assert spec_from_config(config_of(spec)) == spec
     theirs = type(reference.config)(**config_of(spec))
     assert theirs.num_key_value_heads == spec.kv_heads
 

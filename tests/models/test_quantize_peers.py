@@ -13,10 +13,10 @@ transformers = pytest.importorskip("transformers")
 
 from stretto.cli import application  # noqa: E402
 from stretto.core.errors import UserError  # noqa: E402
-from stretto.models.batching import Segment  # noqa: E402
 from stretto.models.load import load_model  # noqa: E402
 from stretto.models.quantize.checkpoint import quantisation_group, stored  # noqa: E402
 from stretto.models.quantize.grid import Grid, round_to_nearest  # noqa: E402
+from stretto.models.segment import Segment  # noqa: E402
 
 runner = CliRunner()
 

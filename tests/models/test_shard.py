@@ -14,7 +14,7 @@ import transformers
 
 from stretto.core.errors import UserError
 from stretto.models import Model, load_model
-from stretto.models.batching import Segment
+from stretto.models.segment import Segment
 from stretto.models.shard import Shard
 
 T = TypeVar("T")

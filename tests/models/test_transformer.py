@@ -11,7 +11,9 @@ import torch
 
 from stretto.core.errors import UserError
 from stretto.models import Model, load_model
-from stretto.models.batching import Segment, plan_pass
+from stretto.models.batching import plan_pass
+from stretto.models.configs import spec_from_config
+from stretto.models.segment import Segment
 from stretto.models.weights import safetensors_weights, state_dict
 
 TOLERANCE = 1e-4
@@ -152,9 +154,7 @@ def test_rows_and_pages_that_do_not_fit_are_refused(model: Model, segment: Segme
 def test_sharded_files_hold_the_same_weights(reference: Any, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    from stretto.models import ModelSpec
-
-    held = state_dict(safetensors_weights(tmp_path), ModelSpec.from_config(reference.config.to_dict()))
+    held = state_dict(safetensors_weights(tmp_path), spec_from_config(reference.config.to_dict()))
     for name, weight in reference.named_parameters():
         assert torch.equal(held[name], weight)
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stretto.hardware.table import Table
-from stretto.models.batching import Segment
 from stretto.models.kv_cache import PAGE_TOKENS as SHORT_PAGE
 from stretto.models.kv_packed import PAGE_TOKENS as KV_PAGE_TOKENS
 from stretto.models.passes import PassShape, pass_operations
+from stretto.models.segment import Segment
 from stretto.models.thread import compute
 
 if TYPE_CHECKING:

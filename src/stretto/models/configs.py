@@ -50,8 +50,8 @@ class _Fields:
             raise UserError(str(error), file=self.file) from None
 
 
-def spec_from_config(config: Mapping[str, Any], *, file: str) -> ModelSpec:
-    """See `ModelSpec.from_config`."""
+def spec_from_config(config: Mapping[str, Any], *, file: str = "config.json") -> ModelSpec:
+    """The spec of a Hugging Face `config.json`; `UserError` for other models and missing fields."""
     fields = _Fields(config, file)
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -152,8 +152,10 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     raise fields.wrong("rope_scaling.rope_type", kind, "default, linear or llama3")
 
 
-def spec_from_gguf(metadata: Mapping[str, Any], *, tied_embeddings: bool, vocab: int | None, file: str) -> ModelSpec:
-    """See `ModelSpec.from_gguf`."""
+def spec_from_gguf(
+    metadata: Mapping[str, Any], *, tied_embeddings: bool = True, vocab: int | None = None, file: str = "GGUF"
+) -> ModelSpec:
+    """The spec of GGUF metadata; only the tensors show whether the head is tied, so the caller says."""
     family = metadata.get("general.architecture")
     if family not in FAMILIES:
         raise _Fields(metadata, file).wrong("general.architecture", family, f"one of {', '.join(FAMILIES)}")

@@ -20,11 +20,11 @@ from stretto.core.errors import UserError
 from stretto.kernels import _native
 from stretto.kernels.levels import BEST_LEVEL
 from stretto.kernels.packed import PackedMatrix, Path, concatenate, pack, pack_gguf, pack_numbers
-from stretto.models.batching import Segment, check_segments
 from stretto.models.kv_cache import KVCache
 from stretto.models.kv_packed import Cache, PackedKVCache
 from stretto.models.packable import packing, why_not_fused
 from stretto.models.quantized import BlockTensor, GroupedTensor, PackedTensor
+from stretto.models.segment import Segment, check_segments
 from stretto.models.spec import ModelSpec
 from stretto.models.transformer import rope_frequencies
 from stretto.models.weights import ROPE_DIVISORS, StoredTensor, Weights, query_key_order

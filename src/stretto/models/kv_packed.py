@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stretto.core.errors import require
-from stretto.models.batching import Segment
 from stretto.models.kv_cache import KVCache, lazy_zeros
+from stretto.models.segment import Segment
 from stretto.models.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stretto.core.errors import UserError
+from stretto.models.configs import spec_from_config, spec_from_gguf
 from stretto.models.gguf_file import read_gguf
 from stretto.models.passes import arithmetic
 from stretto.models.source import find_model
@@ -142,7 +143,7 @@ def _torch_dtype(dtype: str) -> torch.dtype:
 def _open_gguf(path: Path) -> ModelFiles:
     file = read_gguf(path)
     table = file.tensors.get("token_embd.weight")
-    spec = ModelSpec.from_gguf(
+    spec = spec_from_gguf(
         file.metadata,
         tied_embeddings="output.weight" not in file.tensors,
         vocab=table.shape[0] if table else None,
@@ -154,5 +155,5 @@ def _open_gguf(path: Path) -> ModelFiles:
 def _open_folder(folder: Path) -> ModelFiles:
     file = folder / "config.json"
     config = read_json(file)
-    spec = ModelSpec.from_config(config, file=str(file))
+    spec = spec_from_config(config, file=str(file))
     return ModelFiles(spec, Tokenizer.from_folder(folder), safetensors_weights(folder, config))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from stretto.core.errors import UserError, require
 from stretto.hardware.operation import Operation
@@ -128,27 +128,6 @@ class ModelSpec:
         top = (1 if self.experts else 0, self.experts)
         require(top[0] <= self.top_k <= top[1], "top_k", self.top_k, f"from {top[0]} to {top[1]}")
         require(self.skips in ("none", "unet"), "skips", self.skips, "none or unet")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, file: str = "config.json") -> ModelSpec:
-        """The spec of a Hugging Face `config.json`; `UserError` for other models and missing fields."""
-        from stretto.models.configs import spec_from_config
-
-        return spec_from_config(config, file=file)
-
-    @classmethod
-    def from_gguf(
-        cls,
-        metadata: Mapping[str, Any],
-        *,
-        tied_embeddings: bool = True,
-        vocab: int | None = None,
-        file: str = "GGUF",
-    ) -> ModelSpec:
-        """The spec of GGUF metadata; only the tensors show whether the head is tied, so the caller says."""
-        from stretto.models.configs import spec_from_gguf
-
-        return spec_from_gguf(metadata, tied_embeddings=tied_embeddings, vocab=vocab, file=file)
 
     @property
     def q_width(self) -> int:

@@ -26,10 +26,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from stretto.core.errors import UserError
 from stretto.kernels.attention import HEAD_DIMS, decode_attention, decode_attention_reference
 from stretto.kernels.elementwise import gated_silu, rotate, scatter
-from stretto.models.batching import Decode, PassPlan, Prefill, Segment, plan_pass
+from stretto.models.batching import Decode, PassPlan, Prefill, plan_pass
 from stretto.models.kv_cache import KVCache
 from stretto.models.linear import linear_map
 from stretto.models.quantized import PackedTensor
+from stretto.models.segment import Segment
 from stretto.models.shard import Shard
 from stretto.models.spec import ModelSpec
 from stretto.models.weights import ROPE_DIVISORS, Weights, query_key_order

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from stretto.core.clock import RealClock
 from stretto.core.errors import require
-from stretto.models.batching import Segment
+from stretto.models.segment import Segment
 from stretto.models.thread import submit
 from stretto.serve.backend import Pass, PassResult, Row
 from stretto.serve.choosing import choose

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from stretto.core.errors import UserError
+from stretto.models.configs import spec_from_config
 from stretto.models.load import open_model
 from stretto.models.source import DEFAULT_NAMES
 from stretto.models.spec import ModelSpec
@@ -34,8 +35,8 @@ def shipped() -> Mapping[str, Mapping[str, Any]]:
 def spec_of_config(config: Mapping[str, Any], *, file: str) -> ModelSpec:
     """The shape that a Hugging Face configuration tells of, Mixtral's included."""
     if config.get("model_type") != "mixtral":
-        return ModelSpec.from_config(config, file=file)
-    dense = ModelSpec.from_config({**config, "model_type": "mistral"}, file=file)
+        return spec_from_config(config, file=file)
+    dense = spec_from_config({**config, "model_type": "mistral"}, file=file)
     experts, top_k = config.get("num_local_experts"), config.get("num_experts_per_tok")
     for name, value in (("num_local_experts", experts), ("num_experts_per_tok", top_k)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
