@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stretto.models import Model, load_model
+from stretto.models.configs import spec_from_config
 from stretto.models.segment import Segment
 from stretto.models.transformer import rope_frequencies
 from stretto.models.weights import ROPE_DIVISORS
@@ -65,9 +66,7 @@ def write(reference: Any, path: Path) -> None:
             values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
         writer.add_tensor(gguf_name(name), values)
     if config.rope_parameters["rope_type"] == "llama3":
-        from stretto.models import ModelSpec
-
-        spec = ModelSpec.from_config(config.to_dict())
+        spec = spec_from_config(config.to_dict())
         plain = 1.0 / spec.rope_theta ** (torch.arange(0, head_dim, 2) / head_dim)
         writer.add_tensor(ROPE_DIVISORS, (plain / rope_frequencies(spec)).numpy())
     writer.write_header_to_file()
