@@ -9,10 +9,16 @@ from tests.mutants.test_mutants import Mutant, assert_green, assert_killed
 pytestmark = pytest.mark.slow
 
 TESTS = {
-    "graphs": ["tests/core/test_graph.py"],
-    "logs": ["tests/core/test_durable.py", "tests/workflow/test_compiler.py"],
+    "graphs": ["tests/core/test_graph.py", "tests/core/test_graph_ends.py", "tests/core/test_graph_money.py"],
+    "logs": ["tests/core/test_durable.py", "tests/workflow/test_compiler_rounds.py"],
     "plans": ["tests/workflow/test_parse.py"],
-    "compilers": ["tests/workflow/test_compiler.py", "tests/workflow/test_tool.py", "tests/workflow/test_models.py"],
+    "compilers": [
+        "tests/workflow/test_compiler.py",
+        "tests/workflow/test_compiler_faults.py",
+        "tests/workflow/test_compiler_rounds.py",
+        "tests/workflow/test_tool.py",
+        "tests/workflow/test_models.py",
+    ],
 }
 MUTANTS = {
     "graphs": [
