@@ -6,7 +6,8 @@ virtual time with passes that were timed just before and after each load. Beside
 passes, which knows no queue: a prompt's seconds to the first token, and the step of Little's batch.
 
 Beyond saturation a queue grows by the difference of two paces: at 1.2, passes that are 3 % slower than they were timed
-make waits a fifth longer. So notes tell the error at the load's own pace as well, by which its passes took longer than
+make waits a fifth longer, and much longer as long as the queue is one that chance has built; so loads beyond saturation
+are long ones (`BEYOND`). Notes tell the error at the load's own pace as well, by which its passes took longer than
 was predicted: what is left of an error then is not the machine's.
 
 Usage: python benchmarks/predict_saturation.py [--json] [--quick] [--rates RATE ...]
@@ -45,6 +46,8 @@ CONFIG = SchedulerConfig(
     prefill="whole",
 )
 RATES = (0.5, 0.9, 1.2)
+COUNT, BEYOND = 120, 480
+"""Requests of a load, and of one beyond saturation: after n of them its queue is n / 6 long, give or take sqrt(n)."""
 TIMED = 4
 """So many times passes are timed between two loads: the machine's pace changes from second to second."""
 FIRST_GOAL, TOKEN_GOAL, SPEED_GOAL = 0.20, 0.08, 0.15
@@ -108,14 +111,14 @@ async def timed(here: Here) -> MeasuredCosts:
     return first.mean(*others)
 
 
-async def run_plan(layout: Layout, rates: Sequence[float], count: int) -> list[Run]:
+async def run_plan(layout: Layout, rates: Sequence[float], count: int, beyond: int) -> list[Run]:
     """A load at each of `rates`, in parts of what the plan can serve, and one all at once; for real."""
     found = []
     async with started(MODEL, layout, CONFIG) as here:
         before = await timed(here)
         most = capacity(before)
         for rate in (*rates, None):
-            load = requests(count, None if rate is None else rate * most)
+            load = requests(beyond if rate and rate > 1 else count, None if rate is None else rate * most)
             recorder = Recorder("measured")
             _, real = await here.serve(load, recorder=recorder)
             after = await timed(here)
@@ -166,10 +169,10 @@ def ranking(makespans: dict[str, tuple[float, float]]) -> list[Row]:
 
 def measure(quick: bool) -> list[Row]:
     rates = harness.options.rates or ((0.9,) if quick else RATES)
-    count = 16 if quick else 120
+    count, beyond = (16, 16) if quick else (COUNT, BEYOND)
     table, makespans = [], {}
     for name, layout in PLANS.items():
-        *runs, at_once = asyncio.run(run_plan(layout, rates, count))
+        *runs, at_once = asyncio.run(run_plan(layout, rates, count, beyond))
         table += compare(name, runs)
         makespans[name] = (at_once.real.makespan_s, at_once.said.makespan_s)
     return table + ranking(makespans)
