@@ -14,7 +14,12 @@ namespace stretto {
 
 namespace {
 
-constexpr int kAhead = 1536;  // bytes of weights that are asked for ahead of their use
+// Bytes of weights that are asked for ahead of their use: of each of four panels at once as many as the nearest cache can wait for; of
+// one or two, which would leave the memory idle, further away and into the cache behind it.
+template <int C>
+constexpr int kAhead = C == 4 ? 1536 : 16384;
+template <int C>
+constexpr _mm_hint kWhere = C == 4 ? _MM_HINT_T0 : _MM_HINT_T1;
 
 STRETTO_TARGET_BF16 inline Lanes widened(__m256i halves) {
     return reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
@@ -131,7 +136,7 @@ STRETTO_TARGET_BF16 void tile_bytes(const Rows &rows, int64_t first, const Packe
             for (int c = 0; c < C; c++) {
                 const uint8_t *at = columns.panels[c] + g * group_bytes + kPanel * 2 * (MINIMUM ? 2 : 1) + k / kStep * 64;
                 const __m512i bytes = _mm512_loadu_si512(at);
-                _mm_prefetch(reinterpret_cast<const char *>(at) + kAhead, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char *>(at) + kAhead<C>, kWhere<C>);
                 const __m512i q0 = BITS == 4 ? _mm512_and_si512(bytes, fifteen) : bytes;
                 const __m512i q1 = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), fifteen);
                 for (int r = 0; r < R; r++) {
@@ -175,7 +180,7 @@ STRETTO_TARGET_BF16 void tile_numbers(const Rows &rows, int64_t first, const Pac
         for (int c = 0; c < C; c++) {
             const uint8_t *at = columns.panels[c] + k * 2 * kPanel;
             const __m512i pairs = _mm512_loadu_si512(at);
-            _mm_prefetch(reinterpret_cast<const char *>(at) + kAhead, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char *>(at) + kAhead<C>, kWhere<C>);
             for (int r = 0; r < R; r++) {
                 for (int p = 0; p < PARTS; p++) {
                     uint32_t both;
