@@ -92,7 +92,7 @@ def machine_identity() -> str:
         _cpu_field("model name"),
         _cpu_field("flags"),
         str(_cores()),
-        str(_memory_bytes()),
+        str(memory_bytes_here()),
     ]
     return hashlib.sha256("\n".join([str(_SCHEMA), _native.best_level(), *told]).encode()).hexdigest()[:16]
 
@@ -174,7 +174,7 @@ def _measure(progress: Progress) -> Cluster:
         name=_cpu_field("model name") or platform.processor() or platform.machine(),
         kind="cpu",
         vendor=_cpu_field("vendor_id"),
-        memory_bytes=float(_memory_bytes()),
+        memory_bytes=float(memory_bytes_here()),
         bandwidth=_rounded(max(memory.values())),
         peak_flops={dtype: _rounded(max(peaks[dtype, team] for team in teams)) for dtype in _TILES},
         units=cores,
@@ -358,7 +358,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory_bytes() -> int:
+def memory_bytes_here() -> int:
     """Memory of the machine, or of the control group that holds this process where that is less."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):

@@ -18,6 +18,7 @@ from stretto.core.clock import RealClock
 from stretto.core.errors import FieldError, UserError, require
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
+from stretto.hardware.probe import memory_bytes_here
 from stretto.models.calibrate import warm_up
 from stretto.models.kv_cache import PAGE_TOKENS
 from stretto.models.kv_packed import PAGE_TOKENS as KV_PAGE_TOKENS
@@ -217,7 +218,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _check_memory(model: Model, settings: EngineSettings) -> None:
-    available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    available = float(memory_bytes_here())
     config = settings.scheduler(model.spec)
     pages = config.pages + config.spare_pages
     pool = pages * config.page_tokens * model.spec.kv_bytes_per_token(model.dtype)

@@ -16,6 +16,7 @@ from stretto.hardware.cluster import Cluster
 from stretto.hardware.probe import cache_folder, is_this_machine
 from stretto.hardware.table import Table
 from stretto.hardware.table_files import read_tables, write_tables
+from stretto.kernels.levels import BEST_LEVEL
 from stretto.models import calibrate as model_calibration
 from stretto.models.load import Model, load_model
 from stretto.serve import calibrate as host_calibration
@@ -78,5 +79,7 @@ def _holds(model: Model, tables: Tables, threads: int) -> bool:
 
 def _file(job: ServeJob, cluster: Cluster, dtype: str, threads: int) -> Path:
     draw = "greedy" if job.sampling.greedy else f"top{job.sampling.top_k}"
-    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{job.model}-{dtype}-{threads}-{draw}")
+    name = "".join(
+        c if c.isalnum() or c in "-_." else "_" for c in f"{job.model}-{dtype}-{threads}-{draw}-{BEST_LEVEL}"
+    )
     return cache_folder() / f"serve-{_FORMAT}-{cluster.fingerprint()}" / f"{name[-120:]}.json"

@@ -7,7 +7,6 @@ it, with the collectives that are inside it. The job's text is never touched: to
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from stretto.comm.transport import Axis, Transport
+from stretto.hardware.probe import memory_bytes_here
 from stretto.models.causal import CausalStage
 from stretto.models.causal_layers import Lora, Split
 from stretto.models.causal_weights import initialise
@@ -33,7 +33,7 @@ _SUM_NUMELS = (1_000, 8_000_000)
 _LAYERS = 4
 """So many layers take turns."""
 _STEP_ROUNDS = 3
-_STEP_BYTES = 5
+_STEP_TENSORS = 5
 """Copies of a weight while the optimizer steps: itself, its gradient, two moments, one for a while."""
 _MOST_MEMORY = 0.25
 """At most such a part of the machine's memory is filled, by all ranks together, for one piece."""
@@ -167,7 +167,7 @@ class _Bench:
 
     def _steps(self) -> None:
         """The norm, clipping and the optimizer over what a rank of this stage trains, and over about as much as one of
-        the whole model does: what is that large stays in no cache from one of an optimizer's sweeps to the next.
+        the whole model does, of which each number takes longer.
         """
         self._step([self.stage], ROUNDS)
         copies = self._copies()
@@ -178,8 +178,7 @@ class _Bench:
         """How many stages more there must be, and can be, for that: the same on every rank."""
         if self.job.adapters:
             return 0
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _MOST_MEMORY
-        most = memory / (self.plan.grid.world * _STEP_BYTES * self.stage.dtype.itemsize)
+        most = _MOST_MEMORY * memory_bytes_here() / (self.plan.grid.world * _STEP_TENSORS * self.stage.dtype.itemsize)
         stage = self.stage.spec.parameters() / (self.plan.tp * self.plan.ep)
         return max(0, round(min(self.numel, most) / stage) - 1)
 

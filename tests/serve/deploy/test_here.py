@@ -366,6 +366,15 @@ def test_what_was_timed_lately_is_believed(without_workers: list[Layout], monkey
     assert len(without_workers) == 6
 
 
+def test_what_was_timed_at_one_level_of_instructions_is_not_believed_at_another(
+    without_workers: list[Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stretto.plan(JOB, on=this_machine())
+    monkeypatch.setattr(preparing, "BEST_LEVEL", "another")
+    stretto.plan(JOB, on=this_machine())
+    assert len(without_workers) == 6
+
+
 def test_paths_and_types_are_what_runs_fastest_here() -> None:
     assert choices.path_of(MODEL, 1) == "bf16"
     assert choices.path_of(MODEL, 2) == "torch"

@@ -14,6 +14,7 @@ from stretto.hardware.cluster import Cluster
 from stretto.hardware.probe import cache_folder
 from stretto.hardware.table import Table
 from stretto.hardware.table_files import read_tables, write_tables
+from stretto.kernels.levels import BEST_LEVEL
 from stretto.serve.deploy.here import choices
 from stretto.serve.deploy.here.measured import MeasuredCosts
 from stretto.serve.deploy.here.running import started
@@ -56,5 +57,7 @@ async def _measure(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -
 
 
 def _file(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster, name: str) -> Path:
-    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{name}-{choices.points_of(job, plan, cluster)}")
+    plain = "".join(
+        c if c.isalnum() or c in "-_." else "_" for c in f"{name}-{choices.points_of(job, plan, cluster)}-{BEST_LEVEL}"
+    )
     return cache_folder() / f"deployment-{_FORMAT}-{cluster.fingerprint()}" / f"{plain[-160:]}.json"
