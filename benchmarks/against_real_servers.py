@@ -38,7 +38,7 @@ from stretto.serve.deploy.load import Load
 from stretto.serve.deploy.memory import pool_pages
 from stretto.serve.deploy.planned import spec_of_config
 from stretto.serve.deploy.simulate import serve
-from stretto.serve.scheduler import SchedulerConfig
+from stretto.serve.scheduler_config import SchedulerConfig
 
 ENGINE = "vllm-0.6"
 MEMORY_SHARE = 0.97

@@ -35,6 +35,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "60000")
 import torch
 
 import harness
+from stretto.models.assemble import build
 from stretto.models.load import ModelFiles, load_model, open_model
 from stretto.models.quantize.grid import Grid
 from stretto.models.quantize.layerwise import Recipe, quantise_model, with_quantised
@@ -43,7 +44,6 @@ from stretto.models.quantize.mixed_model import calibrate_mixed
 from stretto.models.quantized import PackedTensor
 from stretto.models.segment import Segment
 from stretto.models.thread import compute
-from stretto.models.transformer import build
 from stretto.models.weights import Weights
 
 PACKAGE = "debian-handbook"

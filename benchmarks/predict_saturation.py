@@ -2,8 +2,9 @@
 
 SmolLM2-135M on the product's own engine: one core (TP=1), two tensor ranks (TP=2), two copies (DP=2), at 0.5, 0.9 and
 1.2 of what each can serve, with so few KV pages that requests are put back. The prediction is the engine's scheduler on
-virtual time with passes that were timed just before and after each load. Beside it stands a closed form on the same
-passes, which knows no queue: a prompt's seconds to the first token, and the step of Little's batch.
+virtual time with passes that were timed just before and after each load, at the pace of a trial of other such
+requests, all at once. Beside it stands a closed form on the same passes, which knows no queue: a prompt's seconds to
+the first token, and the step of Little's batch.
 
 Beyond saturation a queue grows by the difference of two paces: at 1.2, passes that are 3 % slower than they were timed
 make waits a fifth longer, and much longer as long as the queue is one that chance has built; so loads beyond saturation
@@ -29,11 +30,12 @@ from harness import Row
 from stretto.core.record import Recorder
 from stretto.serve.deploy.costs import Lane
 from stretto.serve.deploy.here import Here, MeasuredCosts, started
+from stretto.serve.deploy.here.measured import PAUSE_S
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Load
 from stretto.serve.deploy.report import Latencies
 from stretto.serve.deploy.simulate import Served, serve
-from stretto.serve.scheduler import SchedulerConfig
+from stretto.serve.scheduler_config import SchedulerConfig
 
 MODEL = "smollm2-135m-instruct"
 PLANS = {"TP=1": Layout(), "TP=2": Layout(devices=2), "DP=2": Layout(replicas=2)}
@@ -48,8 +50,8 @@ CONFIG = SchedulerConfig(
 RATES = (0.5, 0.9, 1.2)
 COUNT, BEYOND = 120, 480
 """Requests of a load, and of one beyond saturation: after n of them its queue is n / 6 long, give or take sqrt(n)."""
-TIMED = 4
-"""So many times passes are timed between two loads: the machine's pace changes from second to second."""
+TIMED, TRIAL = 2, 20
+"""Between two loads: so many times passes are timed, and requests of a trial, whose passes come as a load's do."""
 FIRST_GOAL, TOKEN_GOAL, SPEED_GOAL = 0.20, 0.08, 0.15
 
 
@@ -71,7 +73,7 @@ def closed_form(costs: MeasuredCosts, load: Load) -> tuple[float, float]:
     """Seconds to the first token and per token, at the batch of Little's law."""
     prompt, output = float(load.prompt.mean()), float(load.output.mean())
     rate = len(load) / max(float(load.arrival_s[-1]), 1e-9) / costs.layout.replicas
-    first = costs.stage([Lane(rows=round(prompt), tokens=1, sequences=1, eager=True)]).total
+    first = costs.stage([Lane(rows=round(prompt), tokens=1, sequences=1, eager=True, pause_s=PAUSE_S)]).total
     rows, token = 1.0, 0.0
     for _ in range(30):
         held = min(CONFIG.slots, max(1, round(rows)))
@@ -108,7 +110,8 @@ class Run:
 
 async def timed(here: Here) -> MeasuredCosts:
     first, *others = [await here.measure() for _ in range(TIMED)]
-    return first.mean(*others)
+    costs = first.mean(*others)
+    return costs.at_pace(await here.pace(costs, requests(TRIAL, None, seed=4)))
 
 
 async def run_plan(layout: Layout, rates: Sequence[float], count: int, beyond: int) -> list[Run]:

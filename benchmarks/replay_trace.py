@@ -33,7 +33,8 @@ from stretto.serve.deploy.job import LoadSpec
 from stretto.serve.deploy.load import Load
 from stretto.serve.engine import Engine
 from stretto.serve.request import Request
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 from stretto.serve.simulated import SimulatedBackend
 
 AT_ONCE = 40

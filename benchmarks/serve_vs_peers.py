@@ -33,8 +33,8 @@ from stretto.models.configs import config_of
 from stretto.models.load import Model, open_model
 from stretto.models.source import packaged_model
 from stretto.models.weights import state_dict
-from stretto.serve.llm import EngineSettings, load, new_backend, new_engine
 from stretto.serve.request import Answer, Request
+from stretto.serve.settings import EngineSettings, load, new_backend, new_engine
 
 WITHOUT_TILES = {"STRETTO_KERNELS": "avx512bf16", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 HERE = Path(__file__).parent / "peers"

@@ -38,7 +38,8 @@ from stretto.serve.instances import Instances
 from stretto.serve.local import LocalBackend
 from stretto.serve.remote import RemoteBackend
 from stretto.serve.request import Answer, Request
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 from stretto.serve.simulated import SimulatedBackend
 
 DTYPE = "fp32"

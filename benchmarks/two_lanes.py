@@ -22,8 +22,8 @@ import numpy as np
 import harness
 from stretto.core.clock import RealClock
 from stretto.models.load import Model
-from stretto.serve.llm import EngineSettings, load, new_backend, new_engine
 from stretto.serve.request import Answer, Request
+from stretto.serve.settings import EngineSettings, load, new_backend, new_engine
 
 STREAMS, STREAM_TOKENS = 4, 400
 PROMPTS, PROMPT_TOKENS, GAP_S = 6, 1024, 1.0

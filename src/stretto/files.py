@@ -355,8 +355,12 @@ def check_fingerprint(plan: Plan[Any, Any], cluster: Cluster, *, recheck: bool, 
             f"the plan was made for {plan.cluster.name} ({made_for}), this is {cluster.name} ({here})",
             file=file,
             field="cluster.fingerprint",
-            right="plan anew, or pass --recheck to try it here",
+            right="plan anew, or pass --recheck to try it here" + _there(plan),
         )
+
+
+def _there(plan: Plan[Any, Any]) -> str:
+    return "; `stretto plan --emit` prints what starts it there" if plan.kind == "deployment" else ""
 
 
 def bind(plan: Plan[Any, Any], cluster: Cluster, *, file: str) -> Plan[Any, Any]:

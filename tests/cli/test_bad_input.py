@@ -159,6 +159,16 @@ def test_a_plan_for_another_machine(tmp_path: Path) -> None:
     assert_one_clear_line(stretto("run", "plan.yaml", "--recheck", cwd=tmp_path), "plan.yaml", "a/gpu0")
 
 
+def test_a_deployment_that_was_planned_for_other_machines(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(
+        "kind: deployment\nmodel: llama-3.1-8b\nload: {requests: 5, rate_per_s: 1.0}\ndevices: 1\n", encoding="utf-8"
+    )
+    (tmp_path / "cluster.yaml").write_text(CLUSTER.split("links:")[0])
+    done = stretto("plan", "job.yaml", "--on", "cluster.yaml", "--save", "plan.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_one_clear_line(stretto("run", "plan.yaml", cwd=tmp_path), "made for two", "`stretto plan --emit`")
+
+
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert_one_clear_line(stretto("run", "job.yaml", cwd=tmp_path), "job.yaml", "no such file")
     (tmp_path / "job.yaml").write_text(JOB)

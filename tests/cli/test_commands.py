@@ -15,7 +15,8 @@ import pytest
 
 import stretto
 from stretto.core.eventlog import EventLog, replay
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -21,6 +21,7 @@ _SHAPE = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
 }
+_WIDE_SHAPE = {**_SHAPE, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -40,6 +41,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, head_dim=16),
     "mistral": lambda: transformers.MistralConfig(**_SHAPE, sliding_window=None),
 }
+WIDE: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**_WIDE_SHAPE, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**_WIDE_SHAPE, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**_WIDE_SHAPE, head_dim=16, tie_word_embeddings=False),
+}
+"""Heads of 16, for which there are kernels."""
 
 
 def make_reference(kind: str) -> Any:
@@ -75,6 +82,20 @@ def saved(reference: Any, tiny_tokenizer_json: str, tmp_path_factory: pytest.Tem
     """The reference as a folder in Hugging Face's layout."""
     folder = tmp_path_factory.mktemp("model")
     reference.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tiny_tokenizer_json)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(WIDE))
+def wide(request: pytest.FixtureRequest, tiny_tokenizer_json: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model whose heads have kernels, as a folder in Hugging Face's layout."""
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(WIDE[request.param]()).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tiny_tokenizer_json)
     return folder
 

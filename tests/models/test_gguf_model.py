@@ -12,8 +12,8 @@ import torch
 
 from stretto.models import Model, load_model
 from stretto.models.configs import spec_from_config
+from stretto.models.rope import rope_frequencies
 from stretto.models.segment import Segment
-from stretto.models.transformer import rope_frequencies
 from stretto.models.weights import ROPE_DIVISORS
 
 NAMES = {

@@ -8,7 +8,7 @@ from .test_mutants import Mutant, assert_green, assert_killed
 
 pytestmark = pytest.mark.slow
 
-TESTS = ["tests/serve/test_lanes.py", "tests/serve/deploy/test_lanes.py"]
+TESTS = ["tests/serve/test_lanes.py", "tests/serve/test_lanes_planned.py", "tests/serve/deploy/test_lanes.py"]
 MUTANTS = [
     Mutant(
         "pages of a pass under way are taken",

@@ -25,7 +25,8 @@ from stretto.serve.grammar import JSON_OBJECT, Grammars, GrammarSource, nested_r
 from stretto.serve.local import LocalBackend  # noqa: E402
 from stretto.serve.request import Answer, Request  # noqa: E402
 from stretto.serve.sampling import Sampling  # noqa: E402
-from stretto.serve.scheduler import Scheduler, SchedulerConfig  # noqa: E402
+from stretto.serve.scheduler import Scheduler  # noqa: E402
+from stretto.serve.scheduler_config import SchedulerConfig  # noqa: E402
 from stretto.serve.text import AnswerText  # noqa: E402
 
 PERSON = {
@@ -135,6 +136,7 @@ def deep(levels: int) -> dict[str, Any]:
         (GrammarSource.json_schema({"patternProperties": {"((a{99}){99}){99}": {}}}), "repeats too much"),
         (GrammarSource(kind="regex", text="a("), "unclosed group"),
         (GrammarSource(kind="regex", text="(a{1000}){1000}"), "repeats too much"),
+        (GrammarSource(kind="regex", text="a{" + "1" * 5000 + "}"), "repeats too much"),
         (GrammarSource(kind="regex", text="(" * 9000 + ")" * 7000), "cannot be followed"),
         (GrammarSource(kind="regex", text="a" * 20_000), "at most 16384"),
         (GrammarSource(kind="grammar", text="start: nobody"), "nobody"),

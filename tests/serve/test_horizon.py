@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from stretto.serve.decision import Decision
 from stretto.serve.horizon import page_needs, within
 from stretto.serve.joining import JOININGS
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 
 from .worlds import config
 

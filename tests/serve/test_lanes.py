@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,44 +13,19 @@ from hypothesis import strategies as st
 from stretto.core.eventlog import replay
 from stretto.core.faults import draw_faults
 from stretto.core.random import integers
-from stretto.hardware.cluster import Cluster, Devices, Node
-from stretto.hardware.device import Device
-from stretto.models.spec import ModelSpec
-from stretto.serve import predict
-from stretto.serve.decision import Decision, Lane
-from stretto.serve.job import ServeJob
+from stretto.serve.decision import Lane
 from stretto.serve.joining import JOININGS
 from stretto.serve.lanes import LaneScheduler, scheduler_of
-from stretto.serve.plan import ServePlan, candidates, check
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
-from stretto.serve.workload import Workload
+from stretto.serve.scheduler import Scheduler
 
+from .lane_driver import Sent, decide, drive, lanes, ran
 from .test_engine import asks_strategy, assert_lawful
 from .worlds import Ask, World, config, play
-
-
-def lanes(**changes: object) -> SchedulerConfig:
-    return config(**{"prefill": "lanes", **changes})
 
 
 def arrive(scheduler: Scheduler, number: int, prompt: int, limit: int, *, priority: int = 0) -> None:
     event = {"type": "arrive", "id": number, "at": 0.0, "prompt": prompt, "limit": limit, "priority": priority}
     scheduler.apply(event)
-
-
-def ran(scheduler: Scheduler, lane: Lane, steps: int = 1, finished: Sequence[int] = ()) -> None:
-    scheduler.apply({"type": "ran", "lane": lane, "at": 0.0, "steps": steps, "finished": list(finished)})
-
-
-def decide(scheduler: Scheduler) -> dict[Lane | None, Decision]:
-    """All decisions of an instant, by lane; None: the last one, that there is nothing more to do."""
-    found: dict[Lane | None, Decision] = {}
-    while None not in found:
-        decision = scheduler.next_decision()
-        assert decision.lane not in found
-        found[decision.lane] = decision
-        scheduler.audit()
-    return found
 
 
 def test_a_prompt_is_computed_beside_those_who_decode() -> None:
@@ -195,101 +169,6 @@ def test_what_lanes_cannot_do_is_refused(refused: dict[str, object]) -> None:
         Scheduler(lanes())
 
 
-@dataclass
-class Drive:
-    """A scheduler driven through passes of made-up lengths: what it decided, step by step.
-
-    Attributes:
-        steps: (second, lane, who with which pages, who was put back) of each step.
-        given: tokens given to each request.
-    """
-
-    scheduler: Scheduler
-    steps: list[tuple[int, str, object, object]] = field(default_factory=list)
-    given: dict[int, int] = field(default_factory=dict)
-    now: int = 0
-    prompts: tuple[Decision, int] | None = None  # and the second in which it ends
-    tokens: tuple[Decision, int] | None = None  # and the second in which it began
-    left: int = 0
-
-    def tell(self, kind: str, **fields: object) -> None:
-        self.scheduler.apply({"type": kind, "at": float(self.now), **fields})
-        self.scheduler.audit()
-
-    def end(self, heard: bool) -> None:
-        """Passes that end in this second; the decoding rows' ends early if something has happened."""
-        if self.prompts is not None and self.prompts[1] == self.now:
-            decision, self.prompts = self.prompts[0], None
-            self.tell("ran", lane="prompts", steps=1, finished=())
-            for chunk in decision.prefill:
-                self.given[chunk.id] = self.given.get(chunk.id, 0) + chunk.last
-            heard = True
-        if self.tokens is None:
-            return
-        decision, began = self.tokens
-        if heard and max(1, self.now - began) < self.left:
-            self.left = max(1, self.now - began)
-            self.tell("cut", steps=self.left)
-        if self.now - began == self.left:
-            self.tokens = None
-            page = self.scheduler.config.page_tokens
-            lengths = {r.id: r.length for r in self.scheduler.running}
-            for k in range(self.left):
-                rows = [(i, self.scheduler.pool.table(i)[: -(-(lengths[i] + k) // page)]) for i in decision.decode]
-                self.steps.append((began + k, "tokens", rows, () if k else decision.preempted))
-            for i in decision.decode:
-                self.given[i] += self.left
-            self.tell("ran", lane="tokens", steps=self.left, finished=())
-
-    def begin(self, seconds: random.Random) -> None:
-        """Whatever may begin in this second."""
-        for lane, decision in decide(self.scheduler).items():
-            if lane == "prompts":
-                self.prompts = decision, self.now + seconds.randint(1, 9)
-                tables = [self.scheduler.pool.table(chunk.id) for chunk in decision.prefill]
-                self.steps.append((self.now, "prompts", (decision.prefill, tables), decision.preempted))
-            elif lane == "tokens":
-                self.tokens, self.left = (decision, self.now), decision.steps
-
-
-Sent = tuple[int, int, int, int]
-"""(arrival in seconds, prompt, limit, priority)."""
-
-
-def drive(
-    sent: Sequence[Sent], settings_: SchedulerConfig, ends: Sequence[tuple[int, int]], lost: Sequence[int]
-) -> Drive:
-    """`ends`: (second, whose caller goes then); `lost`: seconds in which all is lost. Steps take a second each."""
-    it, seconds = Drive(LaneScheduler(settings_)), random.Random(len(sent))
-    gone: set[int] = set()
-    coming = sorted(range(len(sent)), key=lambda i: sent[i][0])
-    while it.now < 5000:
-        heard = [i for i in coming if sent[i][0] <= it.now]
-        leaving = [i for second, i in ends if second == it.now and i < len(sent)]
-        it.end(bool(heard or leaving) or it.now in lost)
-        if it.now in lost:
-            it.prompts = it.tokens = None
-            it.tell("lost")
-        for i in heard:
-            coming.remove(i)
-            _, prompt, limit, priority = sent[i]
-            it.tell("arrive", id=i, prompt=prompt, limit=limit, priority=priority)
-        if not coming and not it.scheduler.closed:
-            it.tell("close")
-        for i in leaving:
-            if i not in coming:
-                gone.add(i)
-                it.tell("cancel", id=i)
-        it.begin(seconds)
-        if not coming and not it.scheduler.running and not it.scheduler.waiting:
-            break
-        it.now += 1
-        it.tell("tick")
-    assert it.scheduler.pool.held == 0
-    assert all(it.given[i] == sent[i][2] for i in range(len(sent)) if i not in gone)
-    return it
-
-
 @settings(max_examples=300, deadline=None)
 @given(
     sent=st.lists(
@@ -384,69 +263,3 @@ def test_a_backend_that_dies_for_good_fails_the_requests_and_ends() -> None:
     faults = draw_faults(1, count=40, calls=40, seconds=1.0, kinds=("loss",))
     world = play([Ask(length=30), Ask(length=30, at=2.0)], lanes(), faults=faults, step_timeout_s=5.0)
     assert [answer.reason for answer in world.answers.values()] == ["failed", "failed"]
-
-
-# A serving plan.
-
-WORK = Workload(
-    spec=ModelSpec(
-        family="llama", layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab=1000, max_positions=4096
-    ),
-    prompts=(*((0,) * 20,) * 7, (0,) * 1500),
-    arrivals_s=(*(0.0,) * 7, 0.02),
-    limit=60,
-    not_packed=None,
-    packed_bytes=5e6,
-)
-CPU = Device(name="cpu", kind="cpu", memory_bytes=8e9, bandwidth=2e10, peak_flops={"fp32": 2e11, "bf16": 1e12}, units=2)
-
-
-def serve_plan(**changes: object) -> ServePlan:
-    values: dict[str, object] = {"device": "here/cpu0", "dtype": "fp32", "path": "exact", "threads": 1, "slots": 8}
-    values |= {"joining": "continuous", "page_tokens": 32, "prefill": "lanes"}
-    return ServePlan(**{**values, **changes})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason", "nearest"),
-    [
-        ({}, None, None),
-        ({"threads": 2}, "two lanes of 2 threads on 2 cores", "threads: 1"),
-        ({"path": "torch"}, "two lanes compute by the fused decoder", "prefill: mixed"),
-        ({"layout": "slots", "page_tokens": 1560}, "steps of layout slots work on a range", "layout: pages"),
-        ({"dtype": "int4", "page_tokens": 64}, "open pages of a cache in 4 bits", "dtype: bf16"),
-        ({"instances": 2}, "instances have no lanes", "instances: 1"),
-    ],
-)
-def test_a_serving_plan_has_lanes_or_says_why_not(
-    changes: dict[str, object], reason: str | None, nearest: str | None
-) -> None:
-    job = ServeJob(prompts=("a",))
-    refusal = check(job, serve_plan(**changes), WORK, cluster_of(CPU))
-    assert (refusal is None) == (reason is None)
-    if refusal is not None:
-        assert reason is not None
-        assert refusal.reason.startswith(reason)
-        assert refusal.nearest == nearest
-
-
-def test_a_job_may_ask_for_lanes_or_have_them_weighed() -> None:
-    found = {
-        asked: {plan.prefill for plan in candidates(ServeJob(prompts=("a",), prefill=asked), WORK, cluster_of(CPU))}  # type: ignore[arg-type]
-        for asked in ("mixed", "lanes", "auto")
-    }
-    assert found == {"mixed": {"mixed"}, "lanes": {"lanes"}, "auto": {"mixed", "lanes"}}
-
-
-def test_a_forecast_knows_that_a_long_prompt_holds_nobody_up() -> None:
-    gaps = {}
-    for prefill in ("mixed", "lanes"):
-        played = predict.play(serve_plan(prefill=prefill, prefill_tokens=2048), WORK, CPU, [60] * 8)
-        assert all(len(answer.tokens) == 60 for answer in played.answers)
-        assert played.trace.overlaps() == []
-        gaps[prefill] = max(b - a for answer in played.answers[:7] for a, b in pairwise(answer.token_times_s))
-    assert gaps["lanes"] < 0.5 * gaps["mixed"]
-
-
-def cluster_of(device: Device) -> Cluster:
-    return Cluster(name="here", nodes=(Node(name="here", devices=(Devices(device=device),)),))

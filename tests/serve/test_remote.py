@@ -28,7 +28,8 @@ from stretto.serve.logprobs import Logprob
 from stretto.serve.remote import MOST_CRASHES, RemoteBackend
 from stretto.serve.request import Request
 from stretto.serve.sampling import Sampling
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 from stretto.serve.worker import SlotMap
 from tests.models.conftest import make_reference
 from tests.serve.worlds import config

@@ -21,7 +21,8 @@ from stretto.serve.local_lanes import LaneBackend  # noqa: E402
 from stretto.serve.logprobs import Logprob  # noqa: E402
 from stretto.serve.request import Request  # noqa: E402
 from stretto.serve.sampling import Sampling  # noqa: E402
-from stretto.serve.scheduler import Scheduler, SchedulerConfig  # noqa: E402
+from stretto.serve.scheduler import Scheduler  # noqa: E402
+from stretto.serve.scheduler_config import SchedulerConfig  # noqa: E402
 
 PROMPTS = [
     "The capital of France is",

@@ -20,7 +20,8 @@ from stretto.serve.engine import Engine, Handle
 from stretto.serve.local import LocalBackend
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 
 from .worlds import Ask, World, config, play
 

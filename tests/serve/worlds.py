@@ -16,7 +16,8 @@ from stretto.serve.engine import Engine
 from stretto.serve.lane_engine import engine_of
 from stretto.serve.request import Answer, Request
 from stretto.serve.sampling import Sampling
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 from stretto.serve.simulated import END, PassCost, SimulatedBackend
 
 GARBAGE = 2

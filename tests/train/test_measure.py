@@ -14,7 +14,7 @@ from stretto.train.job import TrainJob
 from stretto.train.plan import TrainPlan
 from tests.train import kit
 
-PIECES = {f"{name}-{way}" for name in ("embed", "layer", "head") for way in ("forward", "backward")}
+PIECES = {f"{name}-{way}" for name in ("embed", "layer", "again", "head") for way in ("forward", "backward")}
 
 
 def spec_of(job: TrainJob) -> ModelSpec:

@@ -307,7 +307,8 @@ def steps_are_the_union(quick: bool) -> Figure:
 
 def _steps(count: int, length: int, gap: int) -> int:
     """Steps that the scheduler takes for requests of `length` steps that come `gap` steps apart."""
-    from stretto.serve.scheduler import Scheduler, SchedulerConfig
+    from stretto.serve.scheduler import Scheduler
+    from stretto.serve.scheduler_config import SchedulerConfig
 
     scheduler = Scheduler(
         SchedulerConfig(

@@ -56,7 +56,7 @@ def plan(
         count, ranking = fewest_devices(asked, machines, rank) if fewest else (None, rank(asked))
     if save is not None:
         save_plan(ranking.best, save)
-    lines = [] if emit is None else commands(emit, ranking.best.job, ranking.best.choices)
+    lines = [] if emit is None else commands(emit, ranking.best.job, ranking.best.choices, machines)
     if as_json:
         print_json(as_data(ranking, top) | ({"commands": lines} if lines else {}))
         return

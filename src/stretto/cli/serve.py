@@ -42,6 +42,7 @@ class Options:
     preemption: str | None = None
     spare_tokens: int | None = None
     api_key: tuple[str, ...] | None = None
+    allowed_host: tuple[str, ...] | None = None
     max_queue: int | None = None
     max_body_bytes: int | None = None
     stall_seconds: float | None = None
@@ -73,6 +74,7 @@ _SERVER = {
     "stall_seconds": "stall_seconds",
     "drain_seconds": "drain_seconds",
     "api_key": "api_keys",
+    "allowed_host": "allowed_hosts",
 }
 
 
@@ -100,6 +102,9 @@ def serve(
     preemption: str | None = _option(None, "preemption", "Of requests put back for want of pages: recompute or swap."),
     spare_tokens: int | None = _option(None, "spare-tokens", "Tokens that spare memory holds, for swap."),
     api_key: list[str] | None = _option(None, "api-key", "A key that clients must send; may be repeated."),
+    allowed_host: list[str] | None = _option(
+        None, "allowed-host", "A name for a server on 127.0.0.1, as a proxy sends it; may be repeated."
+    ),
     max_queue: int | None = _option(None, "max-queue", "Most waiting requests; more are answered 429."),
     max_body_bytes: int | None = _option(None, "max-body-bytes", "Longest request body; more is answered 413."),
     stall_seconds: float | None = _option(None, "stall-seconds", "/health is 503 after so long without a step."),
@@ -125,6 +130,7 @@ def serve(
         preemption=preemption,
         spare_tokens=spare_tokens,
         api_key=tuple(api_key) if api_key else None,
+        allowed_host=tuple(allowed_host) if allowed_host else None,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         stall_seconds=stall_seconds,
@@ -171,6 +177,8 @@ def batch(
         from stretto.serve.http.batch import read_batch, run_batch
 
         lines = read_batch(requests)
+        if output.exists() and output.samefile(requests):
+            raise UserError("is the file of the requests", file=str(output), right="name another one for the answers")
         counts = run_batch(settings, lines, output, progress=lambda done: progress("answers", done, len(lines)))
     console.print(f"{counts.answered} answered, {counts.refused} refused; written to {output}", highlight=False)
     if counts.refused:
@@ -200,8 +208,9 @@ def read_config(path: Path) -> Options:
     if not isinstance(document.data, dict):
         raise document.error((), "the file holds no fields", "it must hold the names of flags: `port: 8000` and so on")
     data = {name.replace("-", "_"): value for name, value in document.data.items()}
-    if isinstance(data.get("api_key"), str):
-        data["api_key"] = [data["api_key"]]
+    for name in ("api_key", "allowed_host"):
+        if isinstance(data.get(name), str):
+            data[name] = [data[name]]
     lines: dict[tuple[str | int, ...], int] = {
         tuple(part.replace("-", "_") if isinstance(part, str) else part for part in place): line
         for place, line in document.lines.items()
@@ -216,7 +225,7 @@ def settings_of(options: Options, chosen: Plan[Any, Any] | None = None) -> Serve
         UserError: for a value out of range, named by its flag.
     """
     from stretto.serve.http.settings import ServerSettings
-    from stretto.serve.llm import EngineSettings
+    from stretto.serve.settings import EngineSettings
 
     said = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
     engine = {} if chosen is None else _engine_of(chosen)

@@ -20,6 +20,10 @@ _TOLD_EVERY = 32
 """Progress is told after so many plans were checked."""
 
 
+class NothingRuns(UserError):
+    """No plan can run a job on a cluster."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
     """A candidate that was simulated."""
@@ -126,12 +130,12 @@ def search(
         budget_s: seconds after which no further wave begins; what was weighed by then is ranked.
 
     Raises:
-        UserError: if nothing can run, with the first reasons and the nearest changes.
+        NothingRuns: if nothing can run, with the first reasons and the nearest changes.
     """
     able, rejected = _sift(domain, job, cluster, progress)
     if not able:
         reasons = "; ".join(dict.fromkeys(str(r.refusal) for r in rejected[:3])) or "there are no candidates"
-        raise UserError(f"no plan can run this job on {cluster.name}: {reasons}")
+        raise NothingRuns(f"no plan can run this job on {cluster.name}: {reasons}")
     objective = domain.objective(job)
     weighed: list[Weighed] = []
     pruned: list[Pruned] = []

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from stretto.models.causal_layers import Experts, Layer, Lora, Norm, Placement, Projection, Skip, Split, Table
 from stretto.models.parallel.sequence import positions
+from stretto.models.rope import rope_frequencies
 from stretto.models.spec import ModelSpec
-from stretto.models.transformer import rope_frequencies
 
 
 class _Decoder(nn.Module):

@@ -11,8 +11,8 @@ from torch import nn
 
 from stretto.models.causal import CausalStage
 from stretto.models.causal_layers import Placement
+from stretto.models.rope import rope_frequencies
 from stretto.models.spec import ModelSpec
-from stretto.models.transformer import rope_frequencies
 from stretto.models.weights import ROPE_DIVISORS, Weights, query_key_order
 
 _INIT_STD = 0.02

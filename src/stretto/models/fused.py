@@ -24,9 +24,9 @@ from stretto.models.kv_cache import KVCache
 from stretto.models.kv_packed import Cache, PackedKVCache
 from stretto.models.packable import packing, why_not_fused
 from stretto.models.quantized import BlockTensor, GroupedTensor, PackedTensor
+from stretto.models.rope import rope_frequencies
 from stretto.models.segment import Segment, check_segments
 from stretto.models.spec import ModelSpec
-from stretto.models.transformer import rope_frequencies
 from stretto.models.weights import ROPE_DIVISORS, StoredTensor, Weights, query_key_order
 
 if TYPE_CHECKING:

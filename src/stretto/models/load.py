@@ -110,7 +110,7 @@ def _load(name_or_path: str, dtype: str, threads: int, shard: Shard | None, path
         fused = build_fused(files.spec, files.weights, path=path, dtype=torch_dtype, threads=threads, kv=kv)  # type: ignore[arg-type]
         return Model(name_or_path, dtype, files.spec, files.tokenizer, fused, path)
 
-    from stretto.models.transformer import build
+    from stretto.models.assemble import build
 
     transformer = build(files.spec, files.weights, dtype=torch_dtype, threads=threads, shard=shard)
     return Model(name_or_path, dtype, files.spec, files.tokenizer, transformer)

@@ -19,7 +19,8 @@ from stretto.serve.engine import Engine
 from stretto.serve.predict import host_signature
 from stretto.serve.request import Request
 from stretto.serve.sampling import Sampling, sample
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 from stretto.serve.text import AnswerText
 
 ROWS = (1, 4, 16, 64)

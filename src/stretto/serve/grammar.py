@@ -261,6 +261,7 @@ def _walk(value: Any, depth: int) -> Iterator[tuple[int, str | None]]:
             yield from _walk(part, depth + 1)
 
 
+_MOST_DIGITS = 9
 _PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|[()]|.", re.DOTALL)
 
 
@@ -285,7 +286,8 @@ def nested_repeats(pattern: str) -> int:
             last = groups.pop()
             groups[-1] = max(groups[-1], last)
         elif piece.group(1):
-            last *= max(1, int(piece.group(2) or piece.group(1)))
+            digits = piece.group(2) or piece.group(1)
+            last *= max(1, int(digits)) if len(digits) <= _MOST_DIGITS else MOST_REPEATS + 1
             groups[-1] = max(groups[-1], last)
         else:
             last = 1

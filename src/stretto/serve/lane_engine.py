@@ -11,7 +11,8 @@ from stretto.serve.backend import Backend, Pass, PassResult
 from stretto.serve.decision import Decision, Lane
 from stretto.serve.engine import Course, Engine
 from stretto.serve.lanes import LaneScheduler
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 
 
 def engine_of(config: SchedulerConfig, backend: Backend, clock: Clock, recorder: Recorder, **more: Any) -> Engine:

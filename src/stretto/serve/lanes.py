@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 
 from stretto.core.errors import require
 from stretto.serve.decision import Decision, Lane
-from stretto.serve.scheduler import LiveRequest, Scheduler, SchedulerConfig
+from stretto.serve.live import LiveRequest
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 
 
 def scheduler_of(config: SchedulerConfig) -> Scheduler:

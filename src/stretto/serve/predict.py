@@ -34,7 +34,7 @@ from stretto.serve.job import ServeJob
 from stretto.serve.lane_engine import engine_of
 from stretto.serve.plan import ServePlan, memory_bytes
 from stretto.serve.request import Answer, Request
-from stretto.serve.scheduler import SchedulerConfig
+from stretto.serve.scheduler_config import SchedulerConfig
 from stretto.serve.simulated import END, SharedPass, SimulatedBackend
 from stretto.serve.workload import Workload
 

@@ -15,101 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from stretto.core.errors import require
 from stretto.serve.blocks import BlockPool
 from stretto.serve.decision import Chunk, Decision
 from stretto.serve.horizon import Need, page_needs, within
 from stretto.serve.joining import JOININGS, Waiting
-from stretto.serve.slots import Reorder, SlotPool
+from stretto.serve.live import LiveRequest, by_urgency
+from stretto.serve.scheduler_config import SchedulerConfig
+from stretto.serve.slots import SlotPool
 
 Copy = tuple[int, int, int]
 """(from, to, positions) of a page."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SchedulerConfig:
-    """Everything the scheduler's decisions depend on besides events.
-
-    Attributes:
-        joining: name of the joining policy.
-        slots: most requests that run at once.
-        pages, page_tokens: size of the KV pool.
-        prefill_tokens: most prompt tokens in one step.
-        max_wait_s: longest wait for company, for policies that have one.
-        layout: "pages", or "slots", where each page is a slot for one whole request and steps work on a range of them.
-        reorder: when holes in the range of slots are closed; see `slots.SlotPool`.
-        prefix_cache: whether requests share pages whose texts begin alike, with layout "pages".
-        preemption: what becomes of the pages of a request that is put back: "recompute", or "swap" to spare memory as
-            long as there is room, with layout "pages".
-        spare_pages: how many pages that memory holds.
-        prefill: "mixed" puts prompt chunks and decoding rows into one step; "whole" gives prompts steps of their own,
-            before any decoding, and never cuts one (vLLM's policy before chunking; a prompt longer than
-            `prefill_tokens` has a step to itself); "lanes" puts them into passes that run beside those of the decoding
-            rows (`lanes.LaneScheduler`).
-        horizon: how long a decision of decoding rows alone holds: to the next "page" boundary of any of them, or until
-            the free pages run out ("shortage"). The pages of all those steps are then given out with the decision and
-            taken back if it ends early, so that steps are the same one by one.
-    """
-
-    joining: str
-    slots: int
-    pages: int
-    page_tokens: int
-    prefill_tokens: int
-    max_wait_s: float = 0.05
-    layout: Literal["pages", "slots"] = "pages"
-    reorder: Reorder = "eager"
-    prefix_cache: bool = False
-    preemption: Literal["recompute", "swap"] = "recompute"
-    spare_pages: int = 0
-    prefill: Literal["mixed", "whole", "lanes"] = "mixed"
-    horizon: Literal["page", "shortage"] = "page"
-
-    @property
-    def room(self) -> str:
-        """What one request must fit into, in words."""
-        if self.layout == "slots":
-            return f"a slot of {self.page_tokens} tokens"
-        return f"the KV pool of {self.pages * self.page_tokens} tokens"
-
-
-@dataclass(slots=True)
-class LiveRequest:
-    """One live request. `computed` positions have their KV, in its pages or in spare ones; `produced` tokens are out;
-    its text is `prompt + produced` long; `prefix` has a hash for each full page of its prompt; `seen` is what joining
-    policies see of it.
-    """
-
-    id: int
-    arrived_s: float
-    prompt: int
-    limit: int
-    prefix: tuple[str, ...] = ()
-    priority: int = 0
-    produced: int = 0
-    computed: int = 0
-    seen: Waiting = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.seen = Waiting(
-            id=self.id, arrived_s=self.arrived_s, prompt=self.prompt, limit=self.limit, priority=self.priority
-        )
-
-    @property
-    def length(self) -> int:
-        return self.prompt + self.produced
-
-    @property
-    def decoding(self) -> bool:
-        return self.produced > 0 and self.computed == self.length - 1
-
-
-def by_urgency(requests: Sequence[LiveRequest]) -> list[LiveRequest]:
-    """The urgent ones first, equals in the order given."""
-    return sorted(requests, key=attrgetter("priority"))
 
 
 @dataclass

@@ -21,7 +21,6 @@ from stretto.train import memory
 from stretto.train.job import TrainJob
 from stretto.train.plan import TrainPlan
 
-PIECES = ("embed", "layer", "head")
 _OPTIMIZER_BYTES = 28.0
 """Bytes that a step of AdamW moves a weight: weight, gradient and two moments read, three of them written, in fp32."""
 _BACKWARD = 2.0
@@ -99,10 +98,8 @@ class StepCosts:
 
     def _compute(self, action: Action) -> float:
         stage, forward = action.stage, action.kind == "forward"
-        layers = self.plan.layers[stage]
-        seconds = layers * self._pass_s("layer", forward)
-        if self.plan.recompute and not forward:
-            seconds += layers * self._pass_s("layer", True)
+        again = self.plan.recompute and not forward
+        seconds = self.plan.layers[stage] * (self._again_s() if again else self._pass_s("layer", forward))
         if stage == 0:
             seconds += self._pass_s("embed", forward)
         if stage == self.order.stages - 1:
@@ -180,6 +177,12 @@ class StepCosts:
         if table is not None:
             return table.at(self.plan.micro_batch).value
         return self._modelled_s(piece) * (1.0 if forward else _BACKWARD if self.job.adapters is None else 1.0)
+
+    def _again_s(self) -> float:
+        """A layer's forward pass once more, and its backward pass, which finds in the caches what that has made."""
+        if self._table("again-backward") is not None:
+            return self._pass_s("again", False)
+        return self._pass_s("layer", True) + self._pass_s("layer", False)
 
     def _modelled_s(self, piece: str) -> float:
         """A forward pass of a piece by the model's operations and the collectives inside it."""

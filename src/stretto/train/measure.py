@@ -15,6 +15,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from stretto.comm.transport import Axis, Transport
 from stretto.hardware.probe import memory_bytes_here
@@ -89,7 +90,7 @@ class _Bench:
         return self.found
 
     def _passes(self, micro_batch: int) -> None:
-        """Forward and backward of embedding, layer and head."""
+        """Forward and backward of embedding, layer and head, and of a layer that computes its forward pass again."""
         stage, length = self.stage, self.job.sequence
         shape = (micro_batch, length // self.plan.cp)
         tokens = torch.randint(0, stage.spec.vocab, shape, generator=torch.Generator().manual_seed(0))
@@ -105,11 +106,14 @@ class _Bench:
         def through() -> torch.Tensor:
             return next(layers)(inner.detach().requires_grad_(), turns)  # type: ignore[no-any-return]
 
+        def again() -> torch.Tensor:
+            return checkpoint(next(layers), inner.detach().requires_grad_(), turns, use_reentrant=False)  # type: ignore[no-any-return]
+
         def head() -> torch.Tensor:
             rows = norm(inner.detach().requires_grad_()).flatten(0, 1)
             return stage.head.losses(rows, tokens.flatten()).sum()
 
-        for name, forward in (("embed", embed), ("layer", through), ("head", head)):
+        for name, forward in (("embed", embed), ("layer", through), ("again", again), ("head", head)):
             self._piece(name, micro_batch, forward, inner)
         self._time("message", float(inner.nbytes // self.plan.tp), lambda: self._message(inner))
 

@@ -22,7 +22,7 @@ from stretto.train.plan import TrainPlan
 
 FRESH_S = 900.0
 """Tables older than this are measured anew."""
-_FORMAT = 6
+_FORMAT = 7
 _LARGEST_ROWS = 2048
 """No pass of more tokens than this is timed; larger ones are read beyond the table."""
 

@@ -24,7 +24,7 @@ from stretto.serve.deploy.job import LoadSpec
 from stretto.serve.lane_engine import engine_of
 from stretto.serve.lanes import scheduler_of
 from stretto.serve.request import Request
-from stretto.serve.scheduler import SchedulerConfig
+from stretto.serve.scheduler_config import SchedulerConfig
 
 from .worlds import config
 

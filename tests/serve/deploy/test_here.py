@@ -34,7 +34,8 @@ from stretto.serve.deploy.job import DeploymentJob, LoadSpec
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.plan import DeploymentPlan
 from stretto.serve.deploy.simulate import serve
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 
 from .worlds import config, drawn, load
 
@@ -43,7 +44,7 @@ MODEL = "smollm2-135m-instruct"
 COSTS = MeasuredCosts(
     layout=Layout(),
     decode=((1, 0.010, 1e-6), (5, 0.014, 2e-6)),
-    prompts=((10, 0.020), (110, 0.120)),
+    prompts=((10, 0.020, 0.030), (110, 0.120, 0.170)),
 )
 SETTINGS = config(pages=80, slots=12, prefill_tokens=512)
 LOAD = LoadSpec(requests=12, rate_per_s=100.0, prompt_tokens=30, output_tokens=6, spread=0.3, seed=2)
@@ -113,6 +114,8 @@ def test_tables_are_read_between_their_points_and_beyond() -> None:
     assert seconds(rows=3, decoders=3, cached=1000) == pytest.approx(0.012 + 1000 * 1.5e-6)
     assert seconds(rows=60, eager=True) == pytest.approx(0.070)
     assert seconds(rows=210, eager=True) == pytest.approx(0.220)
+    assert seconds(rows=60, eager=True, pause_s=0.05) == pytest.approx((0.070 + 0.100) / 2)
+    assert seconds(rows=60, eager=True, pause_s=3.0) == pytest.approx(0.100)
     assert seconds(rows=60, eager=True, prompt_s=0.5) == pytest.approx(0.570)
     assert seconds(rows=60, eager=True, decoders=5, cached=1000) == pytest.approx(0.065 + 0.014 - 0.009 + 1000 * 2e-6)
     assert seconds() == 0.0
@@ -126,7 +129,7 @@ def test_costs_are_scaled_averaged_and_kept_in_tables() -> None:
     assert [each for *_, each in COSTS.mean(COSTS.at_pace(3.0), COSTS.at_pace(5.0)).decode] == pytest.approx(
         [3 * each for *_, each in COSTS.decode]
     )
-    assert [seconds for _, seconds in mean.prompts] == pytest.approx([0.040, 0.240])
+    assert [seconds for _, *both in mean.prompts for seconds in both] == pytest.approx([0.040, 0.060, 0.240, 0.340])
     assert MeasuredCosts.from_tables(COSTS.to_tables("a"), "a", Layout()) == COSTS
     assert MeasuredCosts.from_tables(COSTS.to_tables("a"), "b", Layout()) is None
 
@@ -149,9 +152,15 @@ def test_points_fit_into_the_pages(slots: int, longest: int) -> None:
 def test_measured_costs_are_played_like_modelled_ones() -> None:
     requests = load([0.0], [60], [11])
     served = serve(requests, COSTS, SETTINGS)
-    assert served.first_s[0] == pytest.approx(0.070)
+    assert served.first_s[0] == pytest.approx(0.100)
     steps = sum(0.010 + (61 + k) * 1e-6 for k in range(10))
     assert served.finished_s[0] - served.first_s[0] == pytest.approx(steps)
+
+
+def test_a_prompt_after_a_pause_takes_longer_than_one_in_a_row() -> None:
+    requests = load([0.0, 0.01, 0.2, 10.0], [60, 60, 60, 60], [1, 1, 1, 1])
+    served = serve(requests, COSTS, SETTINGS)
+    assert served.first_s == pytest.approx([0.100, 0.170, 0.200 + 0.070 + 0.3 * 0.030, 10.100])
 
 
 @pytest.mark.parametrize("copies", [1, 2])
@@ -161,11 +170,11 @@ def test_passes_are_timed_on_all_copies(copies: int) -> None:
     async def main() -> tuple[MeasuredCosts, float]:
         here = sleepers(copies)
         found = await here.measure(points, repeats=1)
-        return found, await here.pace(found.at_pace(0.5), points)
+        return found, await here.pace(found.at_pace(0.5), points.trial(copies))
 
     found, pace = asyncio.run(main())
     assert [rows for rows, _, _ in found.decode] == [1, 4, 12]
-    assert all(seconds > 0.002 + 1e-4 * tokens for tokens, seconds in found.prompts)
+    assert all(seconds > 0.002 + 1e-4 * tokens for tokens, *both in found.prompts for seconds in both)
     assert all(base + each * rows * 16 > 0.002 for rows, base, each in found.decode)
     assert 0.1 <= found.spread < 1
     assert 1.3 < pace < 3.5

@@ -33,7 +33,7 @@ from stretto.serve.deploy.two_lanes import TwoLanes, play
 from stretto.serve.lane_engine import engine_of
 from stretto.serve.lanes import LaneScheduler
 from stretto.serve.request import Request
-from stretto.serve.scheduler import SchedulerConfig
+from stretto.serve.scheduler_config import SchedulerConfig
 from stretto.serve.simulated import END, TOKEN
 
 from .test_plan import cluster
@@ -368,7 +368,7 @@ def test_what_lanes_cannot_do_is_refused(job: dict[str, Any], plan: dict[str, An
 @pytest.mark.parametrize("name", ["vllm", "sglang", "llama.cpp"])
 def test_no_engine_has_flags_for_lanes(name: str) -> None:
     with pytest.raises(UserError, match=f"emit: {name} cannot do two lanes on one device; policy: chunked"):
-        commands(name, JOB, DeploymentPlan(policy="lanes"))
+        commands(name, JOB, DeploymentPlan(policy="lanes"), cluster())
 
 
 def test_a_share_that_leaves_nothing_is_refused() -> None:

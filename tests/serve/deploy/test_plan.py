@@ -15,27 +15,16 @@ import stretto
 from stretto.core.errors import UserError
 from stretto.core.plan import domain_of
 from stretto.core.search import Ranking, search
+from stretto.hardware import catalog
 from stretto.hardware.cluster import Cluster, Devices, Node
 from stretto.serve.deploy import domain
-from stretto.serve.deploy.asking import adjusted, fewest_devices
-from stretto.serve.deploy.emit import commands
-from stretto.serve.deploy.job import DeploymentJob, LoadSpec, Slo
+from stretto.serve.deploy.job import DeploymentJob, Slo
 from stretto.serve.deploy.plan import DeploymentPlan, candidates, check
 from stretto.serve.deploy.planned import planned_spec, shipped
 
-ROOT = Path(__file__).parents[3]
-LOAD = LoadSpec(requests=60, rate_per_s=4.0, prompt_tokens=400, output_tokens=60, spread=0.5)
-JOB = DeploymentJob(model="llama-3.1-8b", load=LOAD)
+from .planning import JOB, LOAD, cluster
 
-
-def cluster(count: int = 2, kind: str = "h100-sxm", *, nodes: int = 1, link: str = "nvlink4") -> Cluster:
-    held = (Devices(type=kind, count=count),)
-    network = "ib-ndr400" if nodes > 1 else None
-    return Cluster(
-        name="test",
-        nodes=(Node(name="n", devices=held, link=link if count > 1 else None, count=nodes),),
-        network=network,
-    )
+BIG = replace(JOB, model="llama-3-70b")
 
 
 def test_the_domain_is_found() -> None:
@@ -67,7 +56,9 @@ def test_cost_needs_a_price() -> None:
 def test_bounds_are_never_worse_than_what_is_simulated() -> None:
     for objective in ("throughput", "latency", "energy", "cost"):
         job = replace(JOB, objective=objective, prices={"h100-sxm": 3.0})  # type: ignore[arg-type]
-        for load in (LOAD, replace(LOAD, arrivals="at_once"), replace(LOAD, prompt_tokens=4000, output_tokens=3)):
+        chats = replace(LOAD, turns=10, arrivals="at_once", think_s=0.0, prompt_tokens=2000, output_tokens=2)
+        long = replace(LOAD, prompt_tokens=4000, output_tokens=3)
+        for load in (LOAD, replace(LOAD, arrivals="at_once"), long, chats):
             asked = replace(job, load=load)
             for plan in candidates(asked, cluster(2)):
                 if check(asked, plan, cluster(2)) is None:
@@ -145,9 +136,6 @@ def test_a_model_from_its_configuration(tmp_path: Path) -> None:
     planned_spec.cache_clear()
     with pytest.raises(UserError, match=r"config\.json: "):
         planned_spec(str(tmp_path))
-
-
-BIG = replace(JOB, model="llama-3-70b")
 
 
 @pytest.mark.parametrize(
@@ -271,87 +259,10 @@ def test_percentiles_and_promises_count_every_request() -> None:
     assert "token" not in single  # no request has a second token
 
 
-def test_the_fewest_devices_keep_the_promise() -> None:
-    job = replace(JOB, load=replace(LOAD, rate_per_s=30.0, requests=80), slo=Slo(token_s=0.011))
-    count, ranking = fewest_devices(job, cluster(8), lambda one: stretto.plan(one, on=cluster(8)))
-    assert ranking.weighed[0].prediction.metrics["slo"].value.value >= 0.9
-    assert 1 < count < 8
-    fewer = stretto.plan(replace(job, objective="slo", devices=count // 2), on=cluster(8))
-    assert fewer.weighed[0].prediction.metrics["slo"].value.value < 0.9
-    hopeless = replace(job, slo=Slo(token_s=1e-6))
-    with pytest.raises(UserError, match=r"8 devices serve 0\.0% of the requests as promised, 90\.0% are asked for"):
-        fewest_devices(hopeless, cluster(8), lambda one: stretto.plan(one, on=cluster(8)))
-
-
-def test_jobs_can_be_asked_otherwise(tmp_path: Path) -> None:
-    trace = tmp_path / "own.csv"
-    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,20,5\n")
-    job = adjusted(JOB, trace=str(trace), objective="latency")
-    assert job.objective == "latency"
-    assert (
-        stretto.plan(job, on=cluster(1)).weighed[0].prediction.assumed.startswith("2 requests, 15 prompt and 5 output")
+def test_energy_needs_known_watts() -> None:
+    unknown = Cluster(
+        name="own",
+        nodes=(Node(name="a", devices=(Devices(device=replace(catalog.device("h100-sxm"), name="own-card")),)),),
     )
-    with pytest.raises(UserError, match="there is no objective 'speed'"):
-        adjusted(JOB, trace=None, objective="speed")
-    other = stretto.load(ROOT / "jobs" / "quickstart.yaml")
-    with pytest.raises(UserError, match="a trace is for jobs of kind deployment"):
-        adjusted(other, trace=str(trace), objective=None)
-
-
-@pytest.mark.parametrize(
-    ("engine", "plan", "expected"),
-    [
-        ("vllm", {"devices": 8}, ["--tensor-parallel-size 8", "--max-num-seqs 256", "--gpu-memory-utilization 0.9"]),
-        ("vllm", {"devices": 2, "stages": 2, "weights": "fp8"}, ["--pipeline-parallel-size 2", "--quantization fp8"]),
-        (
-            "vllm",
-            {"policy": "chunked", "prefill_tokens": 2048},
-            ["--enable-chunked-prefill", "--max-num-batched-tokens 2048"],
-        ),
-        ("sglang", {"replicas": 2, "devices": 4}, ["--tp-size 4", "--dp-size 2", "--chunked-prefill-size -1"]),
-        ("sglang", {"devices": 4, "attention_replicas": 4}, ["--enable-dp-attention", "--dp-size 4"]),
-        ("sglang", {"prefix_cache": False}, ["--disable-radix-cache"]),
-        ("vllm", {"prefix_cache": True}, [" --enable-prefix-caching"]),
-        ("vllm", {}, ["--no-enable-prefix-caching"]),
-        ("vllm", {"stages": 3}, ["VLLM_PP_LAYER_PARTITION=11,11,10 vllm serve", "--pipeline-parallel-size 3"]),
-        ("sglang", {"stages": 3}, ["SGLANG_PP_LAYER_PARTITION=11,11,10 python -m sglang", "--pp-size 3"]),
-        ("llama.cpp", {"policy": "chunked", "devices": 2}, ["--split-mode row", "--tensor-split 1,1", "-np 256"]),
-        ("llama.cpp", {"policy": "chunked", "stages": 3}, ["--split-mode layer", "--tensor-split 11,11,10"]),
-    ],
-)
-def test_flags_of_other_engines(engine: str, plan: dict[str, Any], expected: list[str]) -> None:
-    (line,) = commands(engine, JOB, DeploymentPlan(**plan))
-    assert [flag for flag in expected if flag not in line] == []
-
-
-def test_copies_are_commands_on_devices_of_their_own() -> None:
-    lines = commands("vllm", JOB, DeploymentPlan(replicas=2, devices=2))
-    assert [line.split()[0] for line in lines] == ["CUDA_VISIBLE_DEVICES=0,1", "CUDA_VISIBLE_DEVICES=2,3"]
-    assert "--port 8001" in lines[1]
-
-
-def test_even_stages_are_not_told_and_radix_trees_are_kept() -> None:
-    (line,) = commands("vllm", JOB, DeploymentPlan(stages=2))
-    assert line.startswith("vllm serve")
-    (line,) = commands("sglang", JOB, DeploymentPlan(prefix_cache=True))
-    assert "radix" not in line
-
-
-@pytest.mark.parametrize(
-    ("engine", "plan", "expected"),
-    [
-        ("vllm", {"policy": "static"}, "vllm cannot do static batches; policy: whole or chunked"),
-        (
-            "vllm",
-            {"devices": 2, "attention_replicas": 2},
-            "vllm cannot do data parallel attention over split dense MLPs",
-        ),
-        ("sglang", {"devices": 2, "mlp_replicas": 2}, "sglang cannot do MLPs in more copies"),
-        ("llama.cpp", {}, "llama.cpp cannot do whole prompts; policy: chunked"),
-        ("llama.cpp", {"policy": "chunked", "prefix_cache": True}, "llama.cpp cannot do prefixes that all slots share"),
-        ("exo", {}, "emit: there are no flags for 'exo'; one of vllm, sglang, llama.cpp"),
-    ],
-)
-def test_what_an_engine_cannot_do_is_refused(engine: str, plan: dict[str, Any], expected: str) -> None:
-    with pytest.raises(UserError, match=re.escape(expected)):
-        commands(engine, JOB, DeploymentPlan(**plan))
+    with pytest.raises(UserError, match="objective: the watts of own-card are not known; throughput, latency, cost"):
+        stretto.plan(replace(JOB, objective="energy"), on=unknown)

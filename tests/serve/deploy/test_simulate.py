@@ -22,7 +22,8 @@ from stretto.serve.deploy.report import Latencies
 from stretto.serve.deploy.simulate import Served, serve
 from stretto.serve.engine import Engine
 from stretto.serve.request import Request
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 from stretto.serve.simulated import END, SimulatedBackend
 
 from .worlds import MACHINE, config, costs, drawn, load, sharing

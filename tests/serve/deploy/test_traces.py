@@ -19,6 +19,8 @@ TEXTS = {
     "splitwise.csv": "arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,100,10\n0.25,300,20\n2.75,7,1\n",
     "azure.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,100,10\n"
     "2023-11-16 18:15:46.9305900,300,20\n2023-11-16 18:15:49.4305900,7,1\n",
+    "azure-2024.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,100,10\n"
+    "2024-05-10 00:00:00.259930+00:00,300,20\n2024-05-10 02:00:02.759930+02:00,7,1\n",
     "apex.jsonl": '{"StartTimeOffset": 1000000000, "ContextTokens": 100, "GeneratedTokens": 10}\n\n'
     '{"StartTimeOffset": 1250000000, "ContextTokens": 300, "GeneratedTokens": 20}\n'
     '{"StartTimeOffset": 3750000000, "ContextTokens": 7, "GeneratedTokens": 1}\n',
@@ -201,3 +203,11 @@ def test_loads_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="output is 0; it must be at least 1 token"):
         Load(np.zeros(2), ones, ones * 0)
     assert [own.tolist() for own in Load(np.zeros(2), ones, ones).dealt(3)] == [[0], [1], []]
+
+
+def test_a_trace_that_is_too_long_is_not_cut_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stretto.serve.deploy.traces.MAX_REQUESTS", 2)
+    (tmp_path / "own.csv").write_text(TEXTS["own.csv"])
+    with pytest.raises(UserError, match="the trace is too long; at most 2 requests"):
+        read_trace(tmp_path / "own.csv")
+    assert len(read_trace(tmp_path / "own.csv", most=2)) == 2

@@ -14,7 +14,7 @@ from stretto.serve.deploy.curves import Machine, Types
 from stretto.serve.deploy.engines import EngineConstants, engine
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Load
-from stretto.serve.scheduler import SchedulerConfig
+from stretto.serve.scheduler_config import SchedulerConfig
 
 SMALL = ModelSpec(
     family="llama", layers=8, hidden=1024, heads=16, kv_heads=4, head_dim=64, ffn=2816, vocab=32000, max_positions=65536

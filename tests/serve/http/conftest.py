@@ -19,8 +19,8 @@ from stretto.serve.backend import Backend, Pass, PassResult
 from stretto.serve.http.run import Server, bind
 from stretto.serve.http.service import Service
 from stretto.serve.http.settings import ServerSettings
-from stretto.serve.llm import EngineSettings
 from stretto.serve.predict import PassCosts
+from stretto.serve.settings import EngineSettings
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 

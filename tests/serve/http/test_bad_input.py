@@ -61,7 +61,9 @@ REFUSED = [
     (chat(max_tokens=-1), "max_tokens"),
     (chat(max_tokens=1.5), "max_tokens"),
     (chat(max_tokens=10**30), "max_tokens"),
-    (chat(max_completion_tokens=255), "max_tokens"),
+    (chat(max_tokens=255), "max_tokens"),
+    (chat(max_completion_tokens=255), "max_completion_tokens"),
+    (chat(messages=[{"role": "user", "content": "a" * 300}]), "messages"),
     (chat(stop=[""]), "stop.0"),
     (chat(stop=["a"] * 17), "stop"),
     (chat(stop=5), "stop"),
@@ -90,7 +92,9 @@ REFUSED = [
     (text(prompt=[-1]), "prompt.0"),
     (text(prompt={"a": 1}), "prompt"),
     (text(prompt=["a", 1]), "prompt.0"),
-    (text(prompt=["a"] * 60), "n"),
+    (text(prompt=["a"] * 60), "prompt"),
+    (text(prompt=["a"] * 30, n=2), "n"),
+    (text(guided_regex="a{" + "9" * 5000 + "}"), "guided_regex"),
     (text(prompt=["a"] * 129), "prompt.0"),
     (text(prompt="a" * 300), "prompt"),
     (text(echo=True), "echo"),
@@ -100,6 +104,8 @@ REFUSED = [
     (text(suffix="x"), "suffix"),
     (responses(input=5), "input"),
     (responses(input=[]), "input"),
+    (responses(input="a" * 300), "input"),
+    (responses(max_output_tokens=255), "max_output_tokens"),
     (responses(previous_response_id="resp_1"), "previous_response_id"),
     (responses(background=True), "background"),
     (responses(include=["reasoning.encrypted_content"]), "include.0"),
@@ -244,3 +250,17 @@ def test_a_body_that_never_comes(chat_model: Model) -> None:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
             sock.sendall(head)
             assert b" 400 " in sock.recv(65536).split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:8000", "localhost", "LOCALHOST:80", "[::1]:8000", "127.1.2.3", "box.example", ""]
+)
+def test_a_local_server_answers_to_its_own_names(chat_model: Model, host: str) -> None:
+    with running(chat_model, allowed_hosts=("Box.example",)) as found, found.client() as client:
+        assert client.get("/version", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1"])
+def test_a_name_that_was_made_to_lead_here_is_refused(client: httpx.Client, host: str) -> None:
+    answer = client.post(TEXT, json={"prompt": "ab"}, headers={"Host": host})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "unknown_host")

@@ -12,8 +12,8 @@ import pytest
 import stretto
 from stretto.core.errors import FieldError
 from stretto.serve.http.settings import ServerSettings
-from stretto.serve.llm import EngineSettings, load
 from stretto.serve.sampling import Sampling
+from stretto.serve.settings import EngineSettings, load
 
 from .conftest import Running, until
 

@@ -11,9 +11,9 @@ import stretto
 from stretto.core.errors import FieldError, UserError
 from stretto.serve.engine import Engine
 from stretto.serve.handle import Handle, TextStream
-from stretto.serve.llm import EngineSettings
 from stretto.serve.request import Request
 from stretto.serve.sampling import Sampling
+from stretto.serve.settings import EngineSettings
 
 from .conftest import Running
 

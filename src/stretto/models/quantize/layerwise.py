@@ -15,13 +15,13 @@ import torch
 from torch.nn.functional import linear
 
 from stretto.core.errors import UserError, require
+from stretto.models.assemble import Product, folded, one_layer
 from stretto.models.kv_cache import KVCache
 from stretto.models.quantize.gptq import DAMPING, Sparse, gptq, magnitude_mask
 from stretto.models.quantize.grid import Grid, clip, round_to_nearest
 from stretto.models.quantized import BlockTensor, Quantised
 from stretto.models.segment import Segment
 from stretto.models.spec import ModelSpec
-from stretto.models.transformer import Product, folded, one_layer
 from stretto.models.weights import Weights
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from stretto.kernels.packed import PackedMatrix, pack
 from stretto.models.quantized import Quantised
 
 if TYPE_CHECKING:
+    from stretto.models.assemble import Product
     from stretto.models.linear import LinearMap
-    from stretto.models.transformer import Product
 
 GROUP = 128
 THRESHOLD = 8.0

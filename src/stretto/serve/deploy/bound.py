@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from stretto.hardware.cluster import Cluster
 from stretto.serve.deploy.drawn import load_of
 from stretto.serve.deploy.job import DeploymentJob
@@ -14,7 +16,7 @@ from stretto.serve.deploy.tree import machine_of
 
 def optimistic_bound(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster) -> float:
     """The job's objective if every step took its FLOPs at peak or its weights at full bandwidth, whichever is longer,
-    and no request waited for another.
+    no request waited for another, and of prompts that share anything only the last token had to be computed.
     """
     spec, load, layout = planned_spec(job.model), load_of(job.load), plan.layout
     machine, _ = machine_of(cluster, job.devices)
@@ -27,9 +29,10 @@ def optimistic_bound(job: DeploymentJob, plan: DeploymentPlan, cluster: Cluster)
     read = layout.stages * max(stages[0] * layer, stages[-1] * layer + table_bytes(spec, layout))
     share = spec.top_k / spec.experts if spec.experts else 1.0
     step_s = read * share / device.bandwidth
-    lone = load.output * step_s + load.prompt * token_s
+    prompt = np.ones_like(load.prompt) if plan.prefix_cache and load.prefixes else load.prompt
+    lone = load.output * step_s + prompt * token_s
     tokens = float(load.output.sum())
-    work_s = float((load.output + load.prompt).sum()) * token_s / layout.replicas
+    work_s = float((load.output + prompt).sum()) * token_s / layout.replicas
     last = float((load.arrival_s + lone).max())
     makespan = max(work_s, last)
     if job.objective == "latency":

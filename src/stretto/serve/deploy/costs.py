@@ -47,6 +47,7 @@ class Lane(NamedTuple):
         decoders: rows that decode; cached: positions that these read, their own included.
         prompt_s: attention of its prompt chunks, seconds a layer.
         eager: whether it has prompt chunks.
+        pause_s: how long the replica had had nothing to do when the step began.
     """
 
     rows: int = 0
@@ -56,6 +57,7 @@ class Lane(NamedTuple):
     cached: int = 0
     prompt_s: float = 0.0
     eager: bool = False
+    pause_s: float = 0.0
 
 
 class Parts(NamedTuple):

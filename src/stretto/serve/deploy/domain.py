@@ -24,7 +24,7 @@ from stretto.serve.deploy.job import DeploymentJob
 from stretto.serve.deploy.memory import device_bytes
 from stretto.serve.deploy.plan import DeploymentPlan
 from stretto.serve.deploy.planned import planned_spec
-from stretto.serve.deploy.report import described, metrics, outside, require_price, spread
+from stretto.serve.deploy.report import described, metrics, outside, require_power, require_price, spread
 from stretto.serve.deploy.simulate import Served
 from stretto.serve.deploy.tree import machine_of
 from stretto.serve.deploy.two_lanes import play
@@ -79,6 +79,8 @@ class AbroadDomain:
             )
         if job.objective == "cost":
             require_price(machine.device.name, job.prices)
+        if job.objective == "energy":
+            require_power(machine.device.name)
         planned_spec(job.model)
         load_of(job.load)
         return cluster

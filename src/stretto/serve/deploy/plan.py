@@ -23,7 +23,7 @@ from stretto.serve.deploy.memory import device_bytes, pool_pages
 from stretto.serve.deploy.planned import planned_spec
 from stretto.serve.deploy.sharing import SharedCosts
 from stretto.serve.deploy.tree import Tree, machine_of
-from stretto.serve.scheduler import SchedulerConfig
+from stretto.serve.scheduler_config import SchedulerConfig
 
 Policy = Literal["whole", "chunked", "static", "lanes"]
 CHUNK_TOKENS = 2048

@@ -25,11 +25,26 @@ MAX_CONFIG_BYTES = 4 * 2**20
 
 
 @cache
+def _document() -> Mapping[str, Any]:
+    document: Mapping[str, Any] = yaml.safe_load(
+        (files("stretto.serve.deploy") / "models.yaml").read_text(encoding="utf-8")
+    )
+    return document
+
+
 def shipped() -> Mapping[str, Mapping[str, Any]]:
     """Configurations that come with the product, by name."""
-    document = yaml.safe_load((files("stretto.serve.deploy") / "models.yaml").read_text(encoding="utf-8"))
-    known: Mapping[str, Mapping[str, Any]] = document["models"]
+    known: Mapping[str, Mapping[str, Any]] = _document()["models"]
     return known
+
+
+def published_name(model: str) -> str:
+    """What other engines know `model` by: its Hugging Face id, or the folder or file that it is."""
+    path = Path(model)
+    if path.suffix == ".json":
+        return str(path.parent)
+    known: Mapping[str, str] = _document()["published"]
+    return known.get(model.lower(), model)
 
 
 def spec_of_config(config: Mapping[str, Any], *, file: str) -> ModelSpec:

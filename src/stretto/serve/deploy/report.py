@@ -205,6 +205,13 @@ def _kept(seconds: Latencies, slo: Slo, wide: float, queued: float) -> Interval:
     return Interval(value=at(1.0, 1.0), low=at(1 + wide, 1 + queued), high=at(1 / (1 + wide), 1 / (1 + queued)))
 
 
+def require_power(device: str) -> None:
+    """Known watts of `device`, or a `UserError`."""
+    if joules(device, 1, 1.0, 1.0) is None:
+        right = "throughput, latency, cost or slo"
+        raise UserError(f"the watts of {device} are not known", field="objective", right=right)
+
+
 def require_price(device: str, prices: Mapping[str, float]) -> None:
     """A price for `device`, or a `UserError` that names the field."""
     if device not in prices:

@@ -21,7 +21,8 @@ from stretto.serve.decision import Decision
 from stretto.serve.deploy.costs import Lane, Parts
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Floats, Ints, Load
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +195,7 @@ class Replica:
         self.output: list[int] = load.output.tolist()
         self.length = list(self.prompt)
         self.left = list(self.output)
+        self.ended_s = -math.inf  # the last step
 
     @staticmethod
     def scheduler(config: SchedulerConfig) -> Scheduler:
@@ -225,7 +227,7 @@ class Replica:
         decision = lane.scheduler.next_decision()
         lane.idle_until = math.inf if decision.idle_until is None else decision.idle_until
         if decision.idle_until is None:
-            lane.decision, lane.shape = decision, self._shape(decision)
+            lane.decision, lane.shape = decision, self._shape(decision)._replace(pause_s=now - self.ended_s)
             lane.taken, lane.left = 0, decision.steps
             lane.most_pages = max(lane.most_pages, lane.scheduler.pool.held)
 
@@ -239,6 +241,7 @@ class Replica:
         begin = now + self.costs.copy_s(sum(_copied(lane.decision) for lane in working if not lane.taken))
         done = steps_until(arrival - begin, first.total, slope, steps)
         end = begin + done * first.total + slope * done * (done - 1) / 2
+        self.ended_s = end
         self._add_up(first, last, done, steps, begin - now)
         if self.recorder is not None:
             self.recorder.span(self.name, now, end, Key(_phase(working), step=self.clock.steps))

@@ -11,7 +11,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,9 +47,8 @@ def _number(scale: float) -> Callable[[Any], float]:
 
 
 def _date(value: Any) -> float:
-    whole, _, fraction = str(value).strip().partition(".")
-    day = datetime.fromisoformat(whole)
-    return (day - datetime(1970, 1, 1)).total_seconds() + (float(f"0.{fraction}") if fraction else 0.0)
+    day = datetime.fromisoformat(str(value).strip())
+    return (day if day.tzinfo else day.replace(tzinfo=UTC)).timestamp()
 
 
 FORMATS = (
@@ -97,7 +96,7 @@ def read_trace(path: str | Path, *, most: int | None = None) -> Load:
         if Path(path).stat().st_size > MAX_TRACE_BYTES:
             raise UserError("the trace is too large", file=file, right=f"at most {MAX_TRACE_BYTES} bytes are read")
         with open(path, encoding="utf-8", newline="") as opened:
-            rows = _requests(opened, file, min(most or MAX_REQUESTS, MAX_REQUESTS + 1))
+            rows = _requests(opened, file, min(most or MAX_REQUESTS + 1, MAX_REQUESTS + 1))
     except FileNotFoundError:
         raise UserError("there is no such trace", file=file, right="name a .csv or .jsonl file that exists") from None
     except (OSError, UnicodeDecodeError) as problem:

@@ -19,7 +19,8 @@ from stretto.serve.deploy.load import Load
 from stretto.serve.deploy.sharing import Demand, SharedCosts, Work, shared_resources
 from stretto.serve.deploy.simulate import Costs, Replica, Served, serve, steps_until
 from stretto.serve.lanes import LaneScheduler
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 
 
 def play(load: Load, costs: Costs, config: SchedulerConfig, *, recorder: Recorder | None = None) -> Served:

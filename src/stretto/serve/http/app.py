@@ -105,7 +105,7 @@ async def chat_completions(body: ChatRequest, request: Request, service: Here) -
     choices = body.n or 1
     _begin(service, body, choices)
     prompt = await service.encode_chat(body.messages)
-    ask = await _ask(service, body, [prompt], choices=choices, limit=body.limit)
+    ask = await _ask(service, body, [prompt], choices=choices)
     reply = ChatReply(
         name=f"chatcmpl-{secrets.token_hex(12)}",
         model=service.settings.model_name,
@@ -125,9 +125,9 @@ async def completions(body: CompletionRequest, request: Request, service: Here) 
     given, choices = body.prompts(), body.n or 1
     if not given:
         raise ApiError(400, "prompt: there is none in the list", param="prompt", code="invalid_value")
-    _begin(service, body, len(given) * choices)
+    _begin(service, body, len(given) * choices, field="n" if choices > 1 else body.prompt_field)
     prompts = [await service.encode(p) if isinstance(p, str) else tuple(p) for p in given]
-    ask = await _ask(service, body, prompts, choices=choices, limit=body.limit)
+    ask = await _ask(service, body, prompts, choices=choices)
     reply = CompletionReply(
         name=f"cmpl-{secrets.token_hex(12)}",
         model=service.settings.model_name,
@@ -145,8 +145,8 @@ async def completions(body: CompletionRequest, request: Request, service: Here) 
 async def responses(body: ResponsesRequest, request: Request, service: Here) -> Response:
     """Answer a conversation, in the form of the Responses API; nothing is stored."""
     _begin(service, body, 1)
-    prompt = await service.encode_chat(body.messages())
-    ask = await _ask(service, body, [prompt], choices=1, limit=body.max_output_tokens)
+    prompt = await service.encode_chat(body.messages(), field=body.prompt_field)
+    ask = await _ask(service, body, [prompt], choices=1)
     reply = ResponsesReply(
         name=secrets.token_hex(12),
         model=service.settings.model_name,
@@ -164,10 +164,10 @@ async def responses(body: ResponsesRequest, request: Request, service: Here) -> 
     return _answer(request, service, ask, reply, stream=body.stream)
 
 
-def _begin(service: Service, body: Generation, sequences: int) -> None:
+def _begin(service: Service, body: Generation, sequences: int, field: str = "n") -> None:
     """Refuse at once what will be refused, before any text is tokenised."""
     _check_model(service, body.model)
-    service.check_open(sequences)
+    service.check_open(sequences, field)
 
 
 def _check_model(service: Service, name: str | None) -> None:
@@ -176,13 +176,13 @@ def _check_model(service: Service, name: str | None) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-async def _ask(
-    service: Service, body: Generation, prompts: Sequence[tuple[int, ...]], *, choices: int, limit: int | None
-) -> Ask:
+async def _ask(service: Service, body: Generation, prompts: Sequence[tuple[int, ...]], *, choices: int) -> Ask:
     return Ask(
         prompts=tuple(prompts),
+        prompt_field=body.prompt_field,
+        limit_field=body.limit_field,
         choices=choices,
-        limit=limit,
+        limit=body.limit,
         sampling=body.sampling(),
         stop=body.stops(),
         ignore_eos=bool(body.ignore_eos),

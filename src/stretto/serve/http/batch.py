@@ -16,8 +16,9 @@ from stretto.core.errors import UserError
 from stretto.serve.http.app import create_app
 from stretto.serve.http.service import Service
 from stretto.serve.http.settings import ServerSettings
-from stretto.serve.llm import load
+from stretto.serve.settings import load
 
+_AGAIN_S = 0.1
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
@@ -86,13 +87,23 @@ def run_batch(
     """Answer `lines` and write one line of `output` for each as it is done; their order is that of the answers' ends.
 
     Raises:
-        UserError: if the model cannot be loaded or the file cannot be written.
+        UserError: if the model cannot be loaded, before anything is written, or the file cannot be written.
     """
+    service = Service(load(settings.engine), settings)
     try:
         with output.open("w", encoding="utf-8") as file:
-            return asyncio.run(_answer_all(Service(load(settings.engine), settings), lines, file, progress))
+            return asyncio.run(_answer_all(service, lines, file, progress))
     except OSError as problem:
-        raise UserError(f"the file cannot be written: {problem.strerror}", file=str(output)) from None
+        raise _unwritable(output, problem) from None
+    except ExceptionGroup as problems:
+        failed, _ = problems.split(OSError)
+        if failed is None:
+            raise
+        raise _unwritable(output, failed.exceptions[0]) from None
+
+
+def _unwritable(output: Path, problem: Exception) -> UserError:
+    return UserError(f"the file cannot be written: {getattr(problem, 'strerror', problem)}", file=str(output))
 
 
 async def _answer_all(service: Service, lines: list[Line], file: TextIO, progress: Callable[[int], None]) -> Counts:
@@ -103,6 +114,9 @@ async def _answer_all(service: Service, lines: list[Line], file: TextIO, progres
     async def answer(line: Line) -> None:
         async with room:
             status, headers, body = await _post(app, line.url, line.body)
+            while status == 429:  # its own answers fill the queue: a line may ask for many
+                await asyncio.sleep(_AGAIN_S)
+                status, headers, body = await _post(app, line.url, line.body)
         response = {"status_code": status, "request_id": headers[b"x-request-id"].decode(), "body": json.loads(body)}
         found = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": line.custom_id, "response": response}
         file.write(json.dumps({**found, "error": None}) + "\n")

@@ -48,6 +48,7 @@ class Around:
 
     def __init__(self, app: ASGIApp, *, settings: ServerSettings, clock: RealClock) -> None:
         self._app = app
+        self._settings = settings
         self._keys = [key.encode() for key in settings.api_keys]
         self._clock = clock
 
@@ -69,6 +70,8 @@ class Around:
             await send(message)
 
         try:
+            if not self._settings.may_be_called(headers.get(b"host", b"").decode("latin-1")):
+                raise ApiError(403, "this server is not known by that name; see --allowed-host", code="unknown_host")
             if not self._may_enter(scope["path"], headers.get(b"authorization", b"")):
                 raise ApiError(401, "send a valid API key: `Authorization: Bearer KEY`", code="invalid_api_key")
             await self._app(scope, receive, noted)

@@ -17,8 +17,8 @@ from stretto.core.errors import UserError
 from stretto.serve.http.app import create_app
 from stretto.serve.http.service import Service
 from stretto.serve.http.settings import ServerSettings
-from stretto.serve.llm import load
 from stretto.serve.predict import PassCosts
+from stretto.serve.settings import load
 
 log = logging.getLogger("stretto.serve")
 
@@ -83,9 +83,10 @@ def bind(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-    except OSError as problem:
+    except (OSError, UnicodeError) as problem:
         right = "choose another --port, or 0 for a free one" if port else "choose another --host"
-        raise UserError(f"cannot listen on {host}:{port}: {problem.strerror or problem}", right=right) from None
+        why = getattr(problem, "strerror", None) or problem
+        raise UserError(f"cannot listen on {host}:{port}: {why}", right=right) from None
     return sock
 
 

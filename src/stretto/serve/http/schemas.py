@@ -100,6 +100,8 @@ class Generation(BaseModel):
         "add_generation_prompt": (None, True),
     }
     """Fields that are not supported, with the values that change nothing."""
+    prompt_field: ClassVar[str] = "prompt"
+    """What this kind of request calls its prompt."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -143,6 +145,16 @@ class Generation(BaseModel):
         )
 
     @property
+    def limit(self) -> int | None:
+        """Most new tokens; None: as many as fit."""
+        return None
+
+    @property
+    def limit_field(self) -> str:
+        """The field that says so."""
+        return "max_tokens"
+
+    @property
     def alternatives(self) -> int | None:
         """How many alternatives to tell the logprobs of; None for no logprobs."""
         return None
@@ -183,6 +195,7 @@ class ChatRequest(Generation):
         "reasoning_effort": (None, "none"),
         "web_search_options": (None,),
     }
+    prompt_field = "messages"
 
     messages: Conversation
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -203,6 +216,11 @@ class ChatRequest(Generation):
     def limit(self) -> int | None:
         """Most new tokens; None: as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that says so."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def alternatives(self) -> int | None:
@@ -266,6 +284,7 @@ class ResponsesRequest(Generation):
         "prompt": (None,),
         "truncation": (None, "disabled"),
     }
+    prompt_field = "input"
 
     input: str | Conversation
     instructions: str | None = None
@@ -273,6 +292,16 @@ class ResponsesRequest(Generation):
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
     top_logprobs: Alternatives | None = None
     text: TextOptions | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Most new tokens; None: as many as fit."""
+        return self.max_output_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that says so."""
+        return "max_output_tokens"
 
     @property
     def alternatives(self) -> int | None:

@@ -30,10 +30,10 @@ from stretto.serve.http.meter import Meter
 from stretto.serve.http.metrics import Metrics
 from stretto.serve.http.schemas import MOST_CHOICES, Message
 from stretto.serve.http.settings import ServerSettings
-from stretto.serve.llm import new_backend, new_engine
 from stretto.serve.predict import PassCosts
 from stretto.serve.request import Request
 from stretto.serve.sampling import Sampling
+from stretto.serve.settings import new_backend, new_engine
 from stretto.serve.text import AnswerText
 
 log = logging.getLogger("stretto.serve")
@@ -54,6 +54,7 @@ class Ask:
 
     Attributes:
         prompts: token ids of each prompt.
+        prompt_field, limit_field: what the request calls its prompt and its most new tokens.
         choices: answers to each prompt; answer i of a prompt uses seed + i.
         limit: most new tokens; None: as many as fit.
         logprobs: how many alternatives to tell the logprobs of; None for no logprobs.
@@ -63,6 +64,8 @@ class Ask:
     """
 
     prompts: tuple[tuple[int, ...], ...]
+    prompt_field: str
+    limit_field: str
     choices: int
     limit: int | None
     sampling: Sampling
@@ -253,35 +256,35 @@ class Service:
 
     # Requests.
 
-    async def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        """Token ids of a text; long texts are tokenised in a thread, so that the loop stays free."""
+    async def encode(self, text: str, *, special: bool = True, field: str = "prompt") -> tuple[int, ...]:
+        """Token ids of a text, which stands in `field`; long ones are tokenised in a thread: the loop stays free."""
         if len(text) > self._most_characters:
             raise ApiError(
                 400,
                 f"a text of {len(text)} characters is more than {self.longest} tokens, this model's maximum context "
                 f"length; at most {self._most_characters} are read",
-                param="prompt",
+                param=field,
                 code="context_length_exceeded",
             )
         return await _aside(lambda: tuple(self.tokenizer.encode(text, special=special)), len(text))
 
-    async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a conversation as the model's chat template makes it."""
+    async def encode_chat(self, messages: Sequence[Message], *, field: str = "messages") -> tuple[int, ...]:
+        """Token ids of a conversation, which stands in `field`, as the model's chat template makes it."""
         plain = [message.plain() for message in messages]
         tokenizer = self.tokenizer
         size = sum(len(message["content"]) + _TURN_CHARACTERS for message in plain)
         try:
             text = await _aside(lambda: tokenizer.chat(plain), size)
         except UserError as problem:
-            raise ApiError(400, f"{problem.problem}; {problem.right}", param="messages") from None
-        return await self.encode(text, special=False)
+            raise ApiError(400, f"{problem.problem}; {problem.right}", param=field) from None
+        return await self.encode(text, special=False, field=field)
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special ones included; ids without a text are left out."""
         return await _aside(lambda: self.tokenizer.decode(tokens, skip_special=False), len(tokens))
 
-    def check_open(self, count: int = 1) -> None:
-        """Raise the 503 or 429 of a server that takes no `count` further sequences now."""
+    def check_open(self, count: int = 1, field: str = "n") -> None:
+        """Raise the 503 or 429 of a server that takes no `count` further sequences, asked for by `field`, now."""
         if self.draining:
             raise ApiError(503, "this server is shutting down; ask another one", code="draining", retry_after_s=1)
         if self._failure is not None:
@@ -289,7 +292,7 @@ class Service:
         room = self.settings.engine.slots + self.settings.max_queue
         if count > min(room, MOST_CHOICES):
             raise ApiError(
-                400, f"{count} answers in one request; this server takes {min(room, MOST_CHOICES)}", param="n"
+                400, f"{count} answers in one request; this server takes {min(room, MOST_CHOICES)}", param=field
             )
         if self.live + count > room:
             raise ApiError(
@@ -314,7 +317,7 @@ class Service:
             ApiError: 400 if it can never fit, 429 if the queue is full, 503 if the server is closing or broken.
         """
         self.check_open(len(ask.prompts) * ask.choices)
-        limits = [self._limit(prompt, ask.limit) for prompt in ask.prompts]
+        limits = [self._limit(prompt, ask) for prompt in ask.prompts]
         if not self.live:
             self.meter.begin()
         return [
@@ -323,20 +326,20 @@ class Service:
             for choice in range(ask.choices)
         ]
 
-    def _limit(self, prompt: tuple[int, ...], asked: int | None) -> int:
+    def _limit(self, prompt: tuple[int, ...], ask: Ask) -> int:
         if not prompt:
-            raise ApiError(400, "the prompt has no tokens", param="prompt", code="invalid_value")
+            raise ApiError(400, "the prompt has no tokens", param=ask.prompt_field, code="invalid_value")
         vocabulary = self._model.spec.vocab
         if max(prompt) >= vocabulary:
             message = f"token {max(prompt)} is outside of the vocabulary of {vocabulary}"
-            raise ApiError(400, message, param="prompt", code="invalid_value")
-        limit = max(1, self.longest - len(prompt)) if asked is None else asked
+            raise ApiError(400, message, param=ask.prompt_field, code="invalid_value")
+        limit = max(1, self.longest - len(prompt)) if ask.limit is None else ask.limit
         if len(prompt) + limit > self.longest:
             raise ApiError(
                 400,
                 f"this model's maximum context length is {self.longest} tokens; {len(prompt)} in the prompt and "
                 f"{limit} for the answer are {len(prompt) + limit}",
-                param="max_tokens" if len(prompt) < self.longest else "prompt",
+                param=ask.limit_field if len(prompt) < self.longest else ask.prompt_field,
                 code="context_length_exceeded",
             )
         return limit

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 
 from stretto.core.errors import require
-from stretto.serve.llm import EngineSettings
+from stretto.serve.settings import EngineSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class ServerSettings:
         host, port: where to listen; port 0 takes a free one.
         served_model_name: the name clients use; None takes the model's as it was given.
         api_keys: a request under /v1 must bear one of them; none: everybody may ask.
+        allowed_hosts: names by which a server that listens on this machine alone may be asked, beside its own ones.
         max_queue: most requests that wait for a slot; the next one is answered 429.
         max_body_bytes: longest body of a request; a longer one is answered 413.
         body_seconds: longest time a client may take to send its body.
@@ -30,6 +32,7 @@ class ServerSettings:
     port: int = 8000
     served_model_name: str | None = None
     api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_queue: int = 256
     max_body_bytes: int = 2**20
     body_seconds: float = 30.0
@@ -58,4 +61,20 @@ class ServerSettings:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can connect."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return is_loopback(self.host)
+
+    def may_be_called(self, host: str) -> bool:
+        """Whether a request's Host header names this server. A page whose name was made to lead here does not: without
+        a key, and only to this machine, it would be let in as one of this server's own pages.
+        """
+        name = host.strip().lower()
+        name = name.partition("]")[0].lstrip("[") if name.startswith("[") else name.partition(":")[0]
+        return not self.is_local or not name or is_loopback(name) or name in map(str.lower, self.allowed_hosts)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -22,7 +22,7 @@ from stretto.serve.deploy.layouts import layouts
 from stretto.serve.deploy.plan import DeploymentPlan, Policy, caches, lengths_refusal
 from stretto.serve.deploy.planned import planned_spec
 from stretto.serve.deploy.tree import flat
-from stretto.serve.scheduler import SchedulerConfig
+from stretto.serve.scheduler_config import SchedulerConfig
 
 SLOTS = 8
 MEMORY_SHARE = 0.5

@@ -78,13 +78,14 @@ def run(plan: Plan[DeploymentJob, DeploymentPlan], forecast: Prediction, ctx: Co
 async def _play(plan: Plan[DeploymentJob, DeploymentPlan], ctx: Context) -> Played:
     job, choice, cluster = plan.job, plan.choices, plan.cluster
     load, costs = load_of(job.load), choices.costs_of(job, choice, cluster)
-    config, points = choices.scheduler_config(job, choice, cluster), choices.points_of(job, choice, cluster)
+    config = choices.scheduler_config(job, choice, cluster)
+    trial = choices.points_of(job, choice, cluster).trial(choice.replicas)
     recorder = Recorder("measured")
     logs = tuple(EventLog(header=dataclasses.asdict(config)) for _ in range(choice.replicas))
     ctx.progress("starting workers", 0, 0)
     path, dtype = choices.path_of(job.model, choice.devices), choices.dtype_of(cluster)
     async with started(job.model, choice.layout, config, dtype=dtype, path=path) as here:
-        before = await here.pace(costs, points)
+        before = await here.pace(costs, trial)
         part, served = await here.serve(
             load,
             recorder=recorder,
@@ -92,7 +93,7 @@ async def _play(plan: Plan[DeploymentJob, DeploymentPlan], ctx: Context) -> Play
             told=lambda finished: ctx.progress("requests", finished, len(load)),
             cancelled=ctx.cancelled,
         )
-        after = before if len(part) < len(load) else await here.pace(costs, points)
+        after = before if len(part) < len(load) else await here.pace(costs, trial)
     recorder.memory("this machine", 0.0, choices.memory_bytes(job, choice, cluster))
     return Played(load=part, served=served, recorder=recorder, logs=logs, paces=(before, after))
 

@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 
 import numpy as np
@@ -20,20 +20,21 @@ from stretto.core.errors import UserError
 from stretto.core.eventlog import EventLog
 from stretto.core.record import Recorder
 from stretto.serve.backend import Backend
-from stretto.serve.deploy.costs import Lane, Parts
-from stretto.serve.deploy.here.measured import STEPS, MeasuredCosts, Points, spread_of
+from stretto.serve.deploy.costs import Parts
+from stretto.serve.deploy.here.measured import PAUSE_S, STEPS, MeasuredCosts, Points, spread_of
 from stretto.serve.deploy.layout import Layout
 from stretto.serve.deploy.load import Load
-from stretto.serve.deploy.simulate import Served, lane_name
+from stretto.serve.deploy.simulate import Served, lane_name, serve
 from stretto.serve.engine import Engine, Handle
 from stretto.serve.remote import RemoteBackend
 from stretto.serve.request import Request
-from stretto.serve.scheduler import Scheduler, SchedulerConfig
+from stretto.serve.scheduler import Scheduler
+from stretto.serve.scheduler_config import SchedulerConfig
 
 POLL_S = 0.05
 """Seconds between two looks at whether a run is to end early."""
-_IDLE_S = 0.1
-"""Seconds before a lone prompt is timed: one that finds an idle core takes 2 to 20 % longer than in a row of them."""
+_IN_A_ROW = 2
+"""Lone prompts that follow one that was timed after a pause."""
 _TOKENS = range(100, 1100)
 """Ids that made-up prompts are drawn from: every vocabulary has them, and none of them is special."""
 
@@ -50,13 +51,16 @@ class Here:
 
     @asynccontextmanager
     async def engines(
-        self, recorder: Recorder | None = None, logs: Sequence[EventLog | None] | None = None
+        self,
+        recorder: Recorder | None = None,
+        logs: Sequence[EventLog | None] | None = None,
+        config: SchedulerConfig | None = None,
     ) -> AsyncIterator[list[Engine]]:
         """Fresh engines on the backends, whose time begins now; on leaving they serve what they have and end."""
         self.clock.restart()
         recorder = recorder or Recorder("measured")
         engines = [
-            Engine(Scheduler(self.config), backend, self.clock, recorder, log=log, lane=lane_name(copy))
+            Engine(Scheduler(config or self.config), backend, self.clock, recorder, log=log, lane=lane_name(copy))
             for copy, (backend, log) in enumerate(zip(self.backends, logs or [None] * len(self.backends), strict=True))
         ]
         async with asyncio.TaskGroup() as group:
@@ -78,34 +82,41 @@ class Here:
             slope = max(0.0, (seconds[1] - seconds[0]) / (positions[1] - positions[0]))
             decode.append((rows, max(0.0, seconds[0] - slope * positions[0]), slope))
         for tokens in points.prompts:
-            found = []
+            paused, in_a_row = [], []
             for _ in range(repeats):
-                await asyncio.sleep(_IDLE_S)
-                found += [first for first, *_ in await self._times([tokens], 1)]
-            spreads.append(spread_of(found))
-            prompts.append((tokens, float(np.median(found))))
+                await asyncio.sleep(PAUSE_S)
+                for first, *later in await self._prompts_s(tokens):
+                    paused.append(first)
+                    in_a_row += later
+            spreads += [spread_of(paused), spread_of(in_a_row)]
+            prompts.append((tokens, float(np.median(in_a_row)), float(np.median(paused))))
         return MeasuredCosts(
             layout=self.layout, decode=tuple(decode), prompts=tuple(prompts), spread=float(np.median(spreads))
         )
 
-    async def pace(self, costs: MeasuredCosts, points: Points) -> float:
-        """How many times as long as `costs` say a batch and a prompt of the largest measured sizes take now."""
-        rows, context, tokens = points.rows[-1], points.contexts[-1], points.prompts[-1]
-        step_s = float(np.median(await self._steps_s(rows, context)))
-        first_s = float(np.median([first for first, *_ in await self._times([tokens], 1)]))
-        positions = round(rows * (context + STEPS / 2))
-        said = costs.stage([Lane(rows=rows, tokens=rows, sequences=rows, decoders=rows, cached=positions)]).total
-        said_first = costs.stage([Lane(rows=tokens, tokens=1, sequences=1, eager=True)]).total
-        return (STEPS * step_s + first_s) / (STEPS * said + said_first)
+    async def pace(self, costs: MeasuredCosts, trial: Load) -> float:
+        """How many times as long as `costs` say the passes of `trial` take now."""
+        recorder = Recorder("measured")
+        await self.serve(trial, recorder=recorder)
+        return sum(recorder.trace().busy.values()) / serve(trial, costs, self.config).parts.total
 
     async def _steps_s(self, rows: int, context: int) -> list[float]:
         """Seconds of the steps in which `rows` requests decode, on every copy."""
         found = await self._times([context] * rows, STEPS)
         return [b - a for times in found for a, b in pairwise(times[1:])]
 
-    async def _times(self, prompts: Sequence[int], output: int) -> list[list[float]]:
+    async def _prompts_s(self, tokens: int) -> list[list[float]]:
+        """Seconds of lone prompts in passes of their own, one after the other, on each copy."""
+        count = 1 + _IN_A_ROW
+        found = await self._times([tokens] * count, 1, replace(self.config, prefill_tokens=tokens))
+        ends = [end for (end,) in found]
+        return [np.diff(ends[first : first + count], prepend=0.0).tolist() for first in range(0, len(ends), count)]
+
+    async def _times(
+        self, prompts: Sequence[int], output: int, config: SchedulerConfig | None = None
+    ) -> list[list[float]]:
         """When the tokens of each request came that all copies got at second 0."""
-        async with self.engines() as engines:
+        async with self.engines(config=config) as engines:
             handles = [
                 engine.submit(Request(id=i, prompt=self._fresh(length), limit=output))
                 for engine in engines
