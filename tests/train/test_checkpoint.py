@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from stretto.comm.grid import RankGrid
 from stretto.core.errors import UserError
 from stretto.train import checkpoint
-from stretto.train.job import TrainJob
+from stretto.train.job import Optimizer, TrainJob
 from stretto.train.plan import TrainPlan
+from stretto.train.session import _require_one_step
 from stretto.train.trainer import Trainer
 from tests.comm import pool
 from tests.train import kit
@@ -134,3 +138,64 @@ def test_damage_is_named(tmp_path: Path) -> None:
     index.write_text(json.dumps(changed | {"format": 99}))
     with pytest.raises(UserError, match=r"index.json: is damaged: it is of another format"):
         checkpoint.Reader(tmp_path / "step-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": 5}, "seed: is 5, and .*step-1 goes on from another; 0, with which it was trained"),
+        ({"global_batch": 4}, "global_batch: is 4, and .*; 8, with which"),
+        ({"optimizer": Optimizer(name="sgd")}, r"optimizer\.name: is sgd, and .*; adamw, with which"),
+        ({"dtype": "fp32"}, "dtype: .* in torch.float64, the job's weights are torch.float32; the one with which"),
+    ],
+)
+def test_what_changes_the_next_steps_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    job = kit.job_of()
+    go(job, kit.plan_of(job, micro_batch=4), tmp_path, 1, 0)
+    other = replace(job, **changes)
+    with pytest.raises(pool.RankFailed, match=says):
+        go(other, kit.plan_of(other, micro_batch=4), tmp_path, 0, 1)
+
+
+def test_files_that_no_checksum_vouches_for_are_not_read(tmp_path: Path) -> None:
+    job = kit.job_of()
+    go(job, kit.plan_of(job, micro_batch=4), tmp_path, 1, 0)
+    index = tmp_path / "step-1" / "index.json"
+    changed = json.loads(index.read_text())
+    for file in ("../rank-0.safetensors", None):
+        changed["parts"][0].pop("file")
+        changed["parts"][0] |= {} if file is None else {"file": file}
+        index.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"index\.json: is damaged"):
+            checkpoint.Reader(tmp_path / "step-1")
+        changed["parts"][0]["file"] = ""
+
+
+def slowly(rank: int, start: pool.Start, seconds: float, timeout_s: float) -> float:
+    """Rank 0 takes longer for its own work than ranks wait for each other."""
+    transport = start(RankGrid(axes=(("dp", 2),)), timeout_s=timeout_s)
+    begun = time.monotonic()
+    checkpoint._together(transport.axis("dp"), lambda: time.sleep(seconds if rank == 0 else 0.0))
+    return time.monotonic() - begun
+
+
+def test_a_rank_may_write_for_longer_than_ranks_wait() -> None:
+    assert min(pool.run(2, f"{HERE}:slowly", 2.5, 1.0)) > 2.4
+
+
+def from_elsewhere(rank: int, start: pool.Start) -> None:
+    transport = start(RankGrid(axes=(("dp", 2),)))
+    _require_one_step(50 * rank, transport.axis("dp"), Path("checkpoints"))
+
+
+def test_ranks_that_found_different_checkpoints_are_told() -> None:
+    says = "checkpoints: checkpoint: one rank would go on from step 0, another from step 50; a folder that all machines"
+    with pytest.raises(pool.RankFailed, match=says):
+        pool.run(2, f"{HERE}:from_elsewhere")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before(tmp_path: Path) -> None:
+    checkpoint.check_place(tmp_path / "new" / "one")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: checkpoint: cannot be written: .*; another folder"):
+        checkpoint.check_place(tmp_path / "file")

@@ -199,3 +199,32 @@ def test_cpus_are_neighbours_and_nobody_elses() -> None:
     found = [cpus_of(PLAN, rank) for rank in range(2)]
     assert found == ([[usable[0]], [usable[1]]] if len(usable) >= 2 else [[], []])
     assert cpus_of(replace(PLAN, threads=64), 0) == []
+
+
+def printing(folder: Path, after_s: float) -> str:
+    """A folder for PYTHONPATH, by which every process writes a line to its output after a while."""
+    (folder / "sitecustomize.py").write_text(
+        "import os, threading\n"
+        f"timer = threading.Timer({after_s}, lambda: os.write(1, b'noise\\n'))\n"
+        "timer.daemon = True\n"
+        "timer.start()\n"
+        f"{'timer.join()' if not after_s else ''}\n"
+    )
+    return str(folder)
+
+
+def test_what_libraries_print_is_no_message(job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", printing(tmp_path, 1.0))
+    seen: list[int] = []
+    short = replace(job, steps=400, save_every=None)
+    run_ranks(short, PLAN, hear=lambda rank, message: seen.append(message["step"]) if "loss" in message else None)
+    assert seen == list(range(400))
+
+
+def test_a_rank_that_says_what_is_no_message_ends_the_run(
+    job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", printing(tmp_path, 0.0))
+    with pytest.raises(RankFailed, match=r"rank \d \(stage \d\) failed: it said what is no message"):
+        run_ranks(job, PLAN, hear=lambda rank, message: None)
+    assert children() == []

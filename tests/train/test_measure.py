@@ -48,7 +48,7 @@ def test_as_much_as_a_run_reads_is_read_before_each_way(bench: tuple[measure._Be
     weights = spec_of(found.job).parameters() * torch.float64.itemsize
     assert found.between.nbytes == pytest.approx(2 * weights, abs=4)
     found._passes(1)
-    passes, messages = 3 * (measure.ROUNDS + 1), measure.ROUNDS + 1
+    passes, messages = 4 * (measure.ROUNDS + 1), measure.ROUNDS + 1
     assert done == ["leave", "forward", "leave"] * passes + ["leave"] * messages
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from stretto.core.errors import FieldError
+from stretto.core.errors import FieldError, UserError
 from stretto.files import load_cluster
-from stretto.hardware.cluster import Cluster
+from stretto.hardware import catalog
+from stretto.hardware.cluster import Cluster, Devices, Node
 from stretto.train.check import check
+from stretto.train.domain import TrainDomain
 from stretto.train.job import Adapters, Layout, Limits, Shape, TrainJob
 from stretto.train.plan import TrainPlan, balanced, candidates
 from tests.train import kit
@@ -73,6 +75,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({}, {"cp": 4, "attention": "all_to_all"}, "cp is 4, but a rank of tp 1 has 3 KV heads", "blockwise"),
     ({"sequence": 9}, {"cp": 2}, "9", "a sequence of 10"),
     ({}, {"pp": 2, "schedule": "interleaved", "chunks": 2, "micro_batch": 8}, "1", "1f1b takes any number"),
+    ({}, {"pp": 2, "chunks": 2}, "chunks is 2; it must be 1 for 1f1b", "chunks 1"),
+    ({}, {"pp": 2, "schedule": "interleaved"}, "chunks is 1; it must be at least 2", "chunks 2"),
     ({}, {"chunks": 2, "schedule": "interleaved"}, "2 chunks on one pipeline rank", "chunks 1, or pp 2"),
 ]
 
@@ -86,6 +90,39 @@ def test_refusals_name_the_numbers_and_a_change_that_helps(
     assert refusal is not None
     assert reason in refusal.reason
     assert nearest in refusal.nearest
+
+
+def test_devices_of_other_machines_are_refused(node: Cluster) -> None:
+    refusal = check(kit.job_of(), replace(plan_of(), devices=("node9/gpu0",)), SPEC, node)
+    assert refusal is not None
+    assert refusal.reason == "there is no device node9/gpu0"
+    assert refusal.nearest.startswith("it has node0/gpu0, ")
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes", "says"),
+    [
+        (
+            Layout(pp=2),
+            3,
+            r"layout: pp 2 takes 2 ranks or a multiple, there are 3; degrees that divide 3, or `processes: 2`",
+        ),
+        (Layout(tp=2, dp=3), 4, r"layout: dp 3 x tp 2 takes 6 ranks or a multiple, there are 4; .*`processes: 6`"),
+        (Layout(pp=8), 8, r"layout: asks for 8 stages of 4 layers; at most 4, one layer each"),
+    ],
+)
+def test_degrees_that_no_number_of_ranks_has_are_told(layout: Layout, processes: int, says: str, node: Cluster) -> None:
+    with pytest.raises(UserError, match=says):
+        list(candidates(kit.job_of(layout=layout, processes=processes), SPEC, node))
+
+
+def test_the_bound_counts_every_machine() -> None:
+    cpu = Devices(device=replace(catalog.device("h100-sxm"), name="cpu", kind="cpu", units=4))
+    many = Cluster(name="many", nodes=(Node(name="n", devices=(cpu,), count=4),))
+    paths = tuple(many.devices())
+    job, domain = kit.job_of(), TrainDomain()
+    one, four = (replace(plan_of(dp=n), devices=paths[:n]) for n in (1, 4))
+    assert domain.bound(job, four, many) == 4 * domain.bound(job, one, many)
 
 
 def test_the_nearest_batch_and_sequence_are_legal(node: Cluster) -> None:

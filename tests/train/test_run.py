@@ -16,12 +16,14 @@ import stretto
 from stretto.core.errors import UserError
 from stretto.core.plan import Context, Plan, Result
 from stretto.files import load_cluster, plan_data, save_plan
+from stretto.models.weights import ROPE_DIVISORS
 from stretto.train import checkpoint
 from stretto.train.data import Bytes, samples
 from stretto.train.domain import TrainDomain
-from stretto.train.export import merged
 from stretto.train.job import Optimizer, Shape, TrainJob
+from stretto.train.joined import join
 from stretto.train.plan import TrainPlan, balanced
+from stretto.train.session import model_of
 from tests.train import kit
 
 SHAPE = Shape(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
@@ -141,10 +143,6 @@ def test_transformers_loads_what_was_exported(job: TrainJob, tmp_path: Path, exp
         logits = theirs(tokens).logits.double()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert float(loss) == pytest.approx(result.outputs[-1]["held_out_loss"], rel=2e-5)
-    ours = merged(job, Path(result.files["checkpoint"]))
-    with torch.no_grad():
-        again = ours(tokens, targets, length=job.sequence) / targets.numel()
-    assert float(again) == pytest.approx(float(loss), rel=2e-5)
     with pytest.raises(UserError, match="exists already"):
         run(job, micro_batch=8)
 
@@ -190,3 +188,63 @@ def test_rank_says_what_it_needs(job: TrainJob, tmp_path: Path) -> None:
     assert "torchrun" in alone.stderr
     assert alone.stderr.count("\n") == 1
     assert plan_data(stretto.load(tmp_path / "plan.yaml"))["kind"] == "train"
+
+
+def test_a_run_that_diverges_ends_with_its_weights_as_they_were(job: TrainJob) -> None:
+    wild = replace(job, optimizer=Optimizer(name="sgd", learning_rate=99.0, clip_norm=None), steps=50, save_every=1)
+    with pytest.raises(UserError, match=r"the gradient of step .* training has diverged; a smaller one, or a smaller"):
+        run(wild, micro_batch=8)
+    assert wild.checkpoint is not None
+    newest = checkpoint.newest(Path(wild.checkpoint))
+    assert newest is not None
+    reader = checkpoint.Reader(newest)
+    assert all(bool(reader.whole(name).isfinite().all()) for name in reader.names())
+
+
+def test_a_job_that_is_done_writes_nothing_again(job: TrainJob) -> None:
+    first = run(job, micro_batch=8)
+    index = Path(first.files["checkpoint"]) / "index.json"
+    written = index.stat().st_mtime_ns
+    assert run(job, micro_batch=8).outputs == ()
+    assert index.stat().st_mtime_ns == written
+
+
+def test_evaluations_come_once_each_and_bytes_are_counted_after_going_on_too(job: TrainJob) -> None:
+    half = run(replace(job, steps=3), micro_batch=8)
+    rest = run(job, micro_batch=8)
+    found = [[step for step, _ in each.measured.attributes["curves"]["held-out loss"]] for each in (half, rest)]
+    assert found == [[0, 3], [3, 6]]
+    before, after = (float(each.measured.attributes["peak_bytes"]["0"]) for each in (half, rest))
+    assert after == pytest.approx(before, rel=0.02)
+
+
+def test_a_seed_of_the_command_line_is_added(job: TrainJob, tmp_path: Path) -> None:
+    added = losses(run(job, Context(seed=3), micro_batch=8))
+    own = losses(run(replace(job, seed=job.seed + 3, checkpoint=str(tmp_path / "own")), micro_batch=8))
+    assert added == own != losses(run(replace(job, checkpoint=str(tmp_path / "plain")), micro_batch=8))
+
+
+def test_a_checkpoint_that_cannot_be_written_starts_nothing(job: TrainJob, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="checkpoint: cannot be written"):
+        run(replace(job, checkpoint=str(tmp_path / "file")), micro_batch=8)
+
+
+def test_what_config_json_cannot_say_is_not_exported(
+    job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Divided(dict[str, None]):
+        file = "model.gguf"
+
+    own: Any = replace(model_of(job), weights=Divided({ROPE_DIVISORS: None}))  # type: ignore[arg-type]
+    monkeypatch.setattr("stretto.train.export.model_of", lambda job: own)
+    with pytest.raises(UserError, match=r"model\.gguf: export: has rotary divisors"):
+        run(replace(job, export=str(tmp_path / "model")), micro_batch=8)
+
+
+def test_a_plan_that_does_not_go_with_its_job_joins_nothing(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    plan = plan_of(job, micro_batch=8)
+    with pytest.raises(UserError, match="choices: the plan cannot run: the stages have 1 layers, the model 2"):
+        join(replace(plan, choices=replace(plan.choices, layers=(1,))), lambda message: None)

@@ -11,6 +11,7 @@ import typer
 
 import stretto
 from stretto.cli.app import app, console, print_json
+from stretto.cli.run import interruptible
 from stretto.core.errors import UserError
 
 
@@ -44,4 +45,5 @@ def rank(
         elif "evaluated" in message:
             console.print(f"held-out text: loss {message['evaluated']:.4f} at step {message['step']}", highlight=False)
 
-    join(chosen, tell if os.environ.get("RANK", "0") == "0" else lambda message: None)
+    with interruptible() as cancelled:
+        join(chosen, tell if os.environ.get("RANK", "0") == "0" else lambda message: None, cancelled)

@@ -72,11 +72,18 @@ def _check_order(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> Refusal | N
     try:
         plan.order(job)
     except FieldError as problem:
-        return Refusal(reason=str(problem), nearest="1f1b takes any number of micro-batches")
+        nearest = "1f1b takes any number of micro-batches"
+        if problem.field == "chunks":
+            nearest = "chunks 1" if plan.chunks > 1 else "chunks 2"
+        return Refusal(reason=str(problem), nearest=nearest)
     return None
 
 
 def _check_memory(job: TrainJob, plan: TrainPlan, spec: ModelSpec, cluster: Cluster) -> Refusal | None:
+    strange = next((path for path in plan.devices if path not in cluster.devices()), None)
+    if strange is not None:
+        known = ", ".join(list(cluster.devices())[:4])
+        return Refusal(reason=f"there is no device {strange}", nearest=f"it has {known}; plan anew for these machines")
     device = cluster.device(plan.devices[0])
     needed = max(peak_bytes(job, plan, spec))
     allowed = _allowed(job, plan, device)

@@ -2,9 +2,10 @@
 
 A checkpoint is a folder `step-N`. Each rank that holds a part nobody before it holds writes one file with the part of
 each weight and of its optimizer's moments; `index.json` says of every part which stretch of which whole tensor it is,
-and the checksum of every file. The folder is made under another name and renamed when all ranks have written, so that
-one that was cut off is never loaded. What a step sees and draws follows from the job's seed and the step's number, so
-these two numbers are all the random state and all of the position in the data that there is.
+the checksum of every file, and what else of the job the next steps depend on. The folder is made under another name and
+renamed when all ranks have written, so that one that was cut off is never loaded. What a step sees and draws follows
+from the job's seed and the step's number, so these two numbers are all the random state and all of the position in the
+data that there is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from stretto.comm.transport import Axis
 from stretto.core.errors import UserError
 from stretto.models.causal_layers import Placement
+from stretto.train.job import TrainJob
 from stretto.train.trainer import Trainer
 
-FORMAT = 1
+FORMAT = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTIAL = ".writing"
+_HEARD_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +70,40 @@ def save(trainer: Trainer, folder: Path, *, keep: int) -> Path:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
         everyone.barrier()
-        _write_part(trainer, writing)
-        everyone.barrier()
+        _together(everyone, lambda: _write_part(trainer, writing))
         if transport.rank == 0:
             _write_index(trainer, writing)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(writing, final)
             _drop_old(folder, keep)
         everyone.barrier()
-    except OSError as problem:
-        raise UserError(
-            f"cannot be written: {problem.strerror or problem}",
-            file=str(folder),
-            field="checkpoint",
-            right="another folder",
-        ) from None
+    except (OSError, SafetensorError) as problem:
+        raise _unwritable(folder, problem) from None
     return final
+
+
+def check_place(folder: Path) -> None:
+    """Make the folder of checkpoints, and `UserError` unless files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as problem:
+        raise _unwritable(folder, problem) from None
+
+
+def _unwritable(folder: Path, problem: Exception) -> UserError:
+    why = getattr(problem, "strerror", None) or problem
+    return UserError(f"cannot be written: {why}", file=str(folder), field="checkpoint", right="another folder")
+
+
+def _together(everyone: Axis, work: Callable[[], None]) -> None:
+    """Do a rank's own work, however long it takes: the ranks hear of each other meanwhile, so none is given up."""
+    with ThreadPoolExecutor(1) as aside:
+        own = aside.submit(work)
+        while float(everyone.maximum_(torch.tensor([float(not own.done())]))):
+            wait([own], timeout=_HEARD_S)
+        own.result()
 
 
 def newest(folder: Path) -> Path | None:
@@ -92,9 +116,14 @@ def load(trainer: Trainer, checkpoint: Path) -> None:
     """Go on from a checkpoint, written under whatever layout; every rank calls it.
 
     Raises:
-        UserError: the files are damaged, or of another model or optimizer.
+        UserError: the files are damaged, or of another model, optimizer or order of the data.
     """
     reader = Reader(checkpoint)
+    for field, own in _bound(trainer.job).items():
+        stored = reader.job.get(field)
+        if stored != own:
+            right = f"{stored}, with which it was trained, or another checkpoint folder"
+            raise UserError(f"is {own}, and {checkpoint} goes on from another", field=field, right=right)
     trained = trainer.trained
     for name, parameter, place in zip(trained.names, trained.parameters, trained.places, strict=True):
         own = reader.stored_name(name)
@@ -111,12 +140,14 @@ class Reader:
 
     Attributes:
         step: steps that were done.
+        job: what a job must have alike to go on from here.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         index = _read_index(folder)
         self.step = int(index["step"])
+        self.job: Mapping[str, Any] = index["job"]
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in index["tensors"].items()}
         self._parts: dict[str, list[Part]] = {}
         for row in index["parts"]:
@@ -162,7 +193,11 @@ class Reader:
                 target = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, place.start, strict=True))
                 values = self._file(part.file).get_slice(name)[source]
                 if values.dtype != like.dtype:
-                    raise _damaged(self.folder / part.file, f"{name} is {values.dtype} and not {like.dtype}")
+                    raise UserError(
+                        f"{self.folder} holds {name} in {values.dtype}, the job's weights are {like.dtype}",
+                        field="dtype",
+                        right="the one with which it was trained, or another checkpoint folder",
+                    )
                 found[target] = values
                 covered += values.numel()
         if covered != found.numel():
@@ -209,7 +244,7 @@ def _write_part(trainer: Trainer, folder: Path) -> None:
 
 
 def _write_index(trainer: Trainer, folder: Path) -> None:
-    index: dict[str, Any] = {"format": FORMAT, "step": trainer.step, "seed": trainer.job.seed}
+    index: dict[str, Any] = {"format": FORMAT, "step": trainer.step, "job": _bound(trainer.job)}
     index |= {"plan": str(trainer.plan), "tensors": {}, "parts": [], "files": {}}
     for listed in sorted(folder.glob("rank-*.json")):
         one = json.loads(listed.read_text(encoding="utf-8"))
@@ -226,12 +261,21 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = index["format"] == FORMAT and isinstance(index["step"], int) and isinstance(index["parts"], list)
-        rows = all(len(row["start"]) == len(row["size"]) and row["name"] in index["tensors"] for row in index["parts"])
-        if not known or not rows or not isinstance(index["files"], dict):
+        rows = all(
+            len(row["start"]) == len(row["size"]) and row["name"] in index["tensors"] and row["file"] in index["files"]
+            for row in index["parts"]
+        )
+        if not known or not rows or not isinstance(index["files"], dict) or not isinstance(index["job"], dict):
             raise ValueError("it is of another format")
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise _damaged(file, str(problem)) from None
     return index
+
+
+def _bound(job: TrainJob) -> dict[str, Any]:
+    """What decides, beside the weights, what the next steps see and draw, by the field of the job."""
+    fields = ("seed", "sequence", "global_batch", "held_out")
+    return {field: getattr(job, field) for field in fields} | {"optimizer.name": job.optimizer.name}
 
 
 def _damaged(file: Path, why: str) -> UserError:

@@ -107,7 +107,7 @@ class StepCosts:
         return seconds
 
     def _message(self, *stages: int) -> float:
-        bytes_ = self.boundary_bytes / self.plan.tp
+        bytes_ = memory.boundary_bytes(self.job, self.plan, self.spec) / self.plan.tp
         table = self._table("message")
         if table is not None:
             return table.at(bytes_).value
@@ -116,12 +116,6 @@ class StepCosts:
 
     def _held(self, action: Action) -> float:
         return memory.held_bytes(self.job, self.plan, self.spec, action.stage)
-
-    @property
-    def boundary_bytes(self) -> float:
-        """Of the tensor that goes from stage to stage."""
-        rows = self.plan.micro_batch * self.job.sequence / self.plan.cp
-        return rows * self.spec.hidden * (8.0 if self.job.dtype == "fp64" else 4.0)
 
     def sum_s(self, pipeline_rank: int) -> float:
         """Adding up the gradients of a rank."""
@@ -209,9 +203,10 @@ class StepCosts:
     def _inside_s(self) -> float:
         """Collectives of a layer's forward pass: two sums over `tp`, keys and values once around `cp`."""
         seconds, grid = 0.0, self.plan.grid
+        boundary = memory.boundary_bytes(self.job, self.plan, self.spec)
         if self.plan.tp > 1:
             devices = self._distinct(grid.group(0, "tp"))
-            seconds += 2 * self._seconds(Collective(kind="all_reduce", devices=devices, bytes=self.boundary_bytes))
+            seconds += 2 * self._seconds(Collective(kind="all_reduce", devices=devices, bytes=boundary))
         if self.plan.cp > 1:
             devices = self._distinct(grid.group(0, "cp"))
             rows = self.plan.micro_batch * self.job.sequence
@@ -219,7 +214,7 @@ class StepCosts:
             seconds += self._seconds(Collective(kind="all_gather", devices=devices, bytes=rows * width * 4.0))
         if self.plan.ep > 1:
             devices = self._distinct(grid.group(0, "ep"))
-            bytes_ = self.boundary_bytes * self.spec.top_k
+            bytes_ = boundary * self.spec.top_k
             seconds += 2 * self._seconds(Collective(kind="all_to_all", devices=devices, bytes=bytes_))
         return seconds
 

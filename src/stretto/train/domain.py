@@ -52,7 +52,7 @@ class TrainDomain:
         passes = 3.0 if job.adapters is None else 2.0
         device = cluster.device(plan.devices[0])
         peak = max(device.peak_flops.values()) * _BEYOND_PEAK
-        devices = len(set(plan.devices)) if device.kind == "gpu" else 1
+        devices = len(set(plan.devices))
         active = counted * (spec.top_k / spec.experts if spec.experts else 1.0)
         return peak * devices / (2.0 * passes * active)
 

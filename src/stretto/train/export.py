@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stretto.core.errors import UserError
-from stretto.models.causal import CausalStage
-from stretto.models.causal_layers import Lora
-from stretto.models.causal_weights import initialise, load_weights
 from stretto.models.configs import config_of
 from stretto.models.tokenizer import Tokenizer
+from stretto.models.weights import ROPE_DIVISORS
 from stretto.train.checkpoint import Reader
 from stretto.train.job import TrainJob
 from stretto.train.session import model_of
@@ -32,6 +31,18 @@ def check_place(folder: Path) -> None:
         raise UserError("exists already", file=str(folder), field="export", right="give the name of a new folder")
     if not folder.absolute().parent.is_dir():
         raise UserError("its parent is no folder", file=str(folder), field="export", right="make it first")
+
+
+def check_model(job: TrainJob) -> None:
+    """`UserError` unless the job's model can be written in Hugging Face's form, or its adapters alone are."""
+    weights = model_of(job).weights
+    if job.adapters is None and weights is not None and ROPE_DIVISORS in weights:
+        raise UserError(
+            "has rotary divisors, which config.json cannot express",
+            file=weights.file,
+            field="export",
+            right="finetune the original folder, or adapters",
+        )
 
 
 def export(job: TrainJob, checkpoint: Path, folder: Path) -> None:
@@ -63,29 +74,11 @@ def export(job: TrainJob, checkpoint: Path, folder: Path) -> None:
             _write_json(temporary / "adapter_config.json", _adapter_config(job))
         temporary.chmod(0o755)
         os.rename(temporary, folder)
-    except OSError as problem:
-        raise UserError(
-            f"cannot be written: {problem.strerror or problem}", file=str(folder), field="export", right="another place"
-        ) from None
+    except (OSError, SafetensorError) as problem:
+        why = getattr(problem, "strerror", None) or problem
+        raise UserError(f"cannot be written: {why}", file=str(folder), field="export", right="another place") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def merged(job: TrainJob, checkpoint: Path) -> CausalStage:
-    """The trained model on one rank, ready to be asked."""
-    model, reader, adapters = model_of(job), Reader(checkpoint), job.adapters
-    lora = Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets) if adapters else None
-    stage = CausalStage(model.spec, lora=lora)
-    if model.weights is None:
-        initialise(stage, seed=job.seed)
-    else:
-        load_weights(stage, model.weights)
-    places = stage.placements()
-    with torch.no_grad():
-        for name, parameter in stage.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(reader.read(reader.stored_name(name), places[name], parameter))
-    return stage
 
 
 def _renamed(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -183,7 +183,7 @@ class TrainJob:
         dtype: of the products; weights and sums stay in fp32 with "bf16".
         recompute: whether activations are computed again in backward; "auto" weighs both.
         processes: ranks on this machine or devices of the cluster; None weighs one and all.
-        evaluate_every, save_every: steps; None: only at the end, and never.
+        evaluate_every, save_every: steps; None: only at the beginning and at the end, and only at the end.
         held_out: share of the sequences that are kept for evaluation.
         checkpoint: folder of checkpoints; a job goes on from the newest one there.
         keep: how many checkpoints stay.

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,15 @@ class _Rank:
 
     def _hear(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._said.put(Said(self.number, json.loads(line)))
+        try:
+            for line in self.process.stdout:
+                self._said.put(Said(self.number, json.loads(line)))
+        except ValueError:  # a line that was cut off, as the rank was
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_GRACE_S)
+            if self.process.poll() is None:
+                cause = "failed: it said what is no message"
+                self._said.put(Said(self.number, {"rank": self.number, "failed": cause, "lost": False}))
         self.process.wait()
         self._said.put(Said(self.number, None))
 

@@ -20,13 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from stretto.comm.transport import Axis, Transport
 from stretto.hardware.probe import memory_bytes_here
 from stretto.models.causal import CausalStage
-from stretto.models.causal_layers import Lora, Split
 from stretto.models.causal_weights import initialise
 from stretto.train import optimize
+from stretto.train.cuts import lora_of, split_of
 from stretto.train.job import TrainJob
 from stretto.train.plan import TrainPlan
 from stretto.train.session import model_of
-from stretto.train.trainer import TORCH
 
 ROUNDS = 7
 """Their mean counts, without the fastest and the slowest: a step is the sum of many pieces, slow ones among them."""
@@ -53,16 +52,7 @@ def measure_rank(job: TrainJob, plan: TrainPlan, transport: Transport, micro_bat
 
 class _Bench:
     def __init__(self, job: TrainJob, plan: TrainPlan, transport: Transport):
-        axis = transport.axis
-        split = Split(
-            tp=axis("tp"),
-            cp=axis("cp"),
-            ep=axis("ep"),
-            attention=plan.attention,
-            layout=plan.cp_layout,
-            experts=plan.experts,
-        )
-        self.job, self.plan, self.transport, self.split = job, plan, transport, split
+        self.job, self.plan, self.transport, self.split = job, plan, transport, split_of(plan, transport)
         self.stage = self._stage()
         self.numel = model_of(job).spec.parameters() / (plan.tp * plan.ep)  # that a rank of the whole model holds
         self.between = torch.zeros(int(min(_MOST_BETWEEN, 2 * self.numel * self.stage.dtype.itemsize)) // 4)
@@ -71,13 +61,13 @@ class _Bench:
 
     def _stage(self) -> CausalStage:
         """Some layers between the embedding and the head, cut as the plan has it."""
-        adapters = self.job.adapters
+        lora = lora_of(self.job)
         stage = CausalStage(
             replace(model_of(self.job).spec, layers=_LAYERS),
             split=self.split,
-            lora=Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets) if adapters else None,
+            lora=None if lora is None else replace(lora, dropout=0.0),
             dtype=torch.float64 if self.job.dtype == "fp64" else torch.float32,
-            compute=TORCH["bf16"] if self.job.dtype == "bf16" else None,
+            compute=torch.bfloat16 if self.job.dtype == "bf16" else None,
         )
         initialise(stage, seed=0)
         return stage

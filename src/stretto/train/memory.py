@@ -34,7 +34,7 @@ def held_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec, stage: int) -> f
     """Bytes that a forward of a stage keeps until its backward."""
     pieces, order = pass_bytes(job, plan, spec), plan.order(job)
     skips = sum(message.skip is not None for message in _arriving(order, Action("forward", 0, stage)))
-    return sum(pieces[name].kept for name in _pieces(plan, stage)) + skips * _boundary_bytes(job, plan, spec)
+    return sum(pieces[name].kept for name in _pieces(plan, stage)) + skips * boundary_bytes(job, plan, spec)
 
 
 def trained_numel(job: TrainJob, plan: TrainPlan, spec: ModelSpec, pipeline_rank: int) -> float:
@@ -42,7 +42,7 @@ def trained_numel(job: TrainJob, plan: TrainPlan, spec: ModelSpec, pipeline_rank
     return float(sum(each.numel for each in _of_rank(job, plan, spec, pipeline_rank) if each.trained))
 
 
-def _boundary_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> float:
+def boundary_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> float:
     """Of a tensor that goes from stage to stage."""
     return _width(job) * plan.micro_batch * (job.sequence // plan.cp) * spec.hidden
 
@@ -92,7 +92,7 @@ class _Walk:
         }
         if plan.pp * plan.chunks == 1 and spec.tied_embeddings:
             self.grads_of["embed"] = 0.0  # the head's backward has made them
-        self.boundary = _boundary_bytes(job, plan, spec)
+        self.boundary = boundary_bytes(job, plan, spec)
         # The next inputs of each way are asked for ahead.
         asked = [max(len(_arriving(order, Action(kind, 0, stage))) for stage in plan.stages_of(rank)) for kind in KINDS]
         self.asked = sum(asked) * self.boundary

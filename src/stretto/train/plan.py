@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from stretto.comm.grid import RankGrid
-from stretto.core.errors import require
+from stretto.core.errors import UserError, require
 from stretto.core.orders import ORDERS, Order, order_of
 from stretto.core.partition import contiguous
 from stretto.hardware.cluster import Cluster
@@ -124,7 +125,12 @@ class TrainPlan:
 
 
 def candidates(job: TrainJob, spec: ModelSpec, cluster: Cluster) -> Iterator[TrainPlan]:
-    """Every layout worth weighing; those that cannot run are among them, to be refused with a reason."""
+    """Every layout worth weighing; those that cannot run are among them, to be refused with a reason.
+
+    Raises:
+        UserError: there is none that has the degrees which the job asks for.
+    """
+    none = True
     for devices, threads in _ranks(job, cluster):
         for degrees in _degrees(job, spec, len(devices)):
             for schedule, chunks in _schedules(job, degrees["pp"]):
@@ -140,7 +146,23 @@ def candidates(job: TrainJob, spec: ModelSpec, cluster: Cluster) -> Iterator[Tra
                     layers=balanced(spec, stages),
                     cp_layout="zigzag" if degrees["cp"] > 1 else "contiguous",
                 )
+                none = False
                 yield from _passes(job, plan)
+    if none:
+        raise _no_layout(job, spec, [len(devices) for devices, _ in _ranks(job, cluster)])
+
+
+def _no_layout(job: TrainJob, spec: ModelSpec, ranks: Sequence[int]) -> UserError:
+    """Why no number of ranks has the job's degrees."""
+    pinned = {axis: getattr(job.layout, axis) for axis in AXES if getattr(job.layout, axis) is not None}
+    needed, stages = math.prod(pinned.values()), (job.layout.pp or 1) * (job.layout.chunks or 1)
+    if stages > spec.layers:
+        right = f"at most {spec.layers}, one layer each"
+        return UserError(f"asks for {stages} stages of {spec.layers} layers", field="layout", right=right)
+    said = " x ".join(f"{axis} {size}" for axis, size in pinned.items())
+    counts = " or ".join(map(str, ranks))
+    right = f"degrees that divide {ranks[-1]}, or `processes: {needed}`"
+    return UserError(f"{said} takes {needed} ranks or a multiple, there are {counts}", field="layout", right=right)
 
 
 def balanced(spec: ModelSpec, stages: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from stretto.core.trace import Key, Trace
 from stretto.models.spec import ModelSpec
 from stretto.train import checkpoint
 from stretto.train.data import check_sources
-from stretto.train.export import check_place, export
+from stretto.train.export import check_model, check_place, export
 from stretto.train.job import TrainJob
 from stretto.train.launch import run_ranks
 from stretto.train.plan import TrainPlan
@@ -70,10 +70,13 @@ def run(plan: Plan[TrainJob, TrainPlan], spec: ModelSpec, forecast: Prediction, 
     Raises:
         UserError: a rank failed; names it, its stages and the cause.
     """
-    job, choices = plan.job, plan.choices
+    job, choices = replace(plan.job, seed=plan.job.seed + ctx.seed), plan.choices
     check_sources(job.data)
     if job.export is not None:
         check_place(Path(job.export))
+        check_model(job)
+    if job.checkpoint is not None:
+        checkpoint.check_place(Path(job.checkpoint))
     heard = Heard(predicted_step_s=forecast.metrics["step"].value.value, ctx=ctx)
     run_ranks(job, choices, origin=time.perf_counter(), hear=heard.hear, stopping=ctx.cancelled)
     done = len(heard.steps)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stretto.comm.transport import Transport
+from stretto.comm.transport import Axis, Transport
 from stretto.core.errors import UserError
 from stretto.models.load import open_model
 from stretto.models.spec import ModelSpec
@@ -64,14 +64,18 @@ def run_rank(
     origin: float,
     emit: Emit,
     stopping: Callable[[], bool] = lambda: False,
-) -> None:
-    """Train; every rank calls it.
+) -> int:
+    """Train; every rank calls it. Returns how many steps are done.
 
     Args:
         origin: of the times that are told, on the machine's monotonic clock.
         emit: is given what happened, as plain values: {"step": ...} after each step and {"evaluated": ...} (rank 0),
             {"done": ...} with the rank's spans at the end (every rank).
         stopping: asked on rank 0 between steps; true ends the run there, for all ranks.
+
+    Raises:
+        UserError: the text, the model or the checkpoint cannot be had, ranks found different checkpoints, or the
+            gradients are no numbers any more.
     """
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
@@ -82,8 +86,10 @@ def run_rank(
     found = checkpoint.newest(folder) if folder is not None else None
     if found is not None:
         checkpoint.load(trainer, found)
-    first, begun, live = trainer.step, time.monotonic(), LiveBytes()
     everyone = transport.axis(*(name for name, _ in transport.grid.axes))
+    _require_one_step(trainer.step, everyone, folder)
+    first, begun, live = trainer.step, time.monotonic(), LiveBytes()
+    found_bytes = trainer.moment_bytes
     everyone.barrier()
     emit({"started": trainer.watcher.now(), "step": first, "of": job.steps})
     _evaluate(trainer, emit)
@@ -104,18 +110,32 @@ def run_rank(
             trainer.watcher.mark("save", saving)
         if job.evaluate_every is not None and trainer.step % job.evaluate_every == 0:
             _evaluate(trainer, emit)
-    if trainer.step > first:
+    if trainer.step > first and (job.evaluate_every is None or trainer.step % job.evaluate_every):
         _evaluate(trainer, emit)
-    if folder is not None and (job.save_every is None or trainer.step % job.save_every):
+    if folder is not None and trainer.step > first and (job.save_every is None or trainer.step % job.save_every):
         checkpoint.save(trainer, folder, keep=job.keep)
     emit(
         {
             "done": trainer.step,
             "spans": trainer.watcher.spans(),
-            "peak_bytes": live.peak + trainer.weight_bytes,
+            "peak_bytes": live.peak + trainer.weight_bytes + found_bytes,
             "meter": transport.meter.rows(),
         }
     )
+    return trainer.step
+
+
+def _require_one_step(step: int, everyone: Axis, folder: Path | None) -> None:
+    """`UserError` unless all ranks go on from the same step."""
+    last = int(everyone.maximum_(torch.tensor([float(step)])))
+    first = -int(everyone.maximum_(torch.tensor([-float(step)])))
+    if first != last:
+        raise UserError(
+            f"one rank would go on from step {first}, another from step {last}",
+            file=str(folder),
+            field="checkpoint",
+            right="a folder that all machines share",
+        )
 
 
 def _told(trainer: Trainer, report: StepReport, emit: Emit) -> None:

@@ -22,6 +22,7 @@ from stretto.models.causal import CausalStage
 from stretto.models.causal_layers import Lora, Split
 from stretto.models.parallel.experts import MoE
 from stretto.models.spec import ModelSpec
+from stretto.train.cuts import lora_of
 from stretto.train.job import TrainJob
 from stretto.train.live import LiveBytes
 from stretto.train.plan import TrainPlan
@@ -100,14 +101,11 @@ def parameters(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> dict[str, tup
 
 
 def _cut(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> _Cut:
-    adapters = job.adapters
     return _Cut(
         replace(spec, layers=1),
         job.sequence,
         job.dtype,
-        Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets, dropout=adapters.dropout)
-        if adapters
-        else None,
+        lora_of(job),
         plan.tp,
         plan.cp,
         plan.ep,

@@ -6,6 +6,7 @@ add up gradients over the ranks, clip, step.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,23 +15,23 @@ from typing import Any
 import torch
 
 from stretto.comm.transport import Transport
+from stretto.core.errors import UserError
 from stretto.core.orders import Action
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
 from stretto.models.causal import CausalStage
-from stretto.models.causal_layers import IGNORED, Lora, Split
+from stretto.models.causal_layers import IGNORED
 from stretto.models.causal_weights import initialise, load_weights
 from stretto.models.dropout import token_keys
 from stretto.models.parallel.layout import positions, split_sequence
 from stretto.models.spec import ModelSpec
 from stretto.models.weights import Weights
 from stretto.train import optimize
+from stretto.train.cuts import lora_of, split_of
 from stretto.train.data import Samples
 from stretto.train.job import TrainJob
 from stretto.train.pipeline import Passage, Pipeline
 from stretto.train.plan import TrainPlan
-
-TORCH = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,24 +128,11 @@ class Trainer:
         self._cp = transport.axis("cp")
 
     def _stages(self, weights: Weights | None) -> dict[int, CausalStage]:
-        job, plan, axis = self.job, self.plan, self.transport.axis
-        split = Split(
-            tp=axis("tp"),
-            cp=axis("cp"),
-            ep=axis("ep"),
-            attention=plan.attention,
-            layout=plan.cp_layout,
-            experts=plan.experts,
-        )
-        adapters = job.adapters
-        lora = (
-            Lora(rank=adapters.rank, alpha=adapters.alpha, targets=adapters.targets, dropout=adapters.dropout)
-            if adapters
-            else None
-        )
+        job, plan = self.job, self.plan
+        split, lora = split_of(plan, self.transport), lora_of(job)
         found = {}
         for number in range(self.order.stages):
-            if self.order.rank_of(number) == axis("pp").rank:
+            if self.order.rank_of(number) == self.transport.axis("pp").rank:
                 found[number] = CausalStage(
                     self.spec,
                     plan.stage_layers(number),
@@ -168,8 +156,17 @@ class Trainer:
         """Of all parameters that lie here, a shared one once."""
         return sum(parameter.nbytes for stage in self.stages.values() for parameter in stage.parameters())
 
+    @property
+    def moment_bytes(self) -> int:
+        """Of the optimizer's state that lies here."""
+        return sum(value.nbytes for state in self.optimizer.state.values() for value in state.values())
+
     def train_step(self) -> StepReport:
-        """One step of the optimizer over one global batch."""
+        """One step of the optimizer over one global batch.
+
+        Raises:
+            UserError: the gradients are no numbers any more; the weights are as they were.
+        """
         watcher, sent = self.watcher, self.transport.meter.bytes
         watcher.step = self.step
         begun = watcher.now()
@@ -182,6 +179,12 @@ class Trainer:
         watcher.mark("sum gradients", summing)
         stepping = watcher.now()
         norm = self._clip()
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the gradient of step {self.step} is {norm}: training has diverged",
+                field="optimizer.learning_rate",
+                right="a smaller one, or a smaller optimizer.clip_norm",
+            )
         rate = optimize.learning_rate(self.job.optimizer, self.step, self.job.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -1,7 +1,8 @@
 """A rank as a process of its own: `python -m stretto.train.worker`.
 
 The first line on its input says what to do; a line "stop" after that ends the run between two steps. What happens goes
-to its output, a line of JSON each. The process ends as soon as its input does, so none outlives its parent.
+to its output, a line of JSON each; whatever else is printed goes to its error output. The process ends as soon as its
+input does, so none outlives its parent.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ def main() -> int:
     order: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     stopping = threading.Event()
     threading.Thread(target=_listen, args=(stopping,), daemon=True).start()
-    lock = threading.Lock()
+    lock, messages = threading.Lock(), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
 
     def emit(message: Any) -> None:
         with lock:
-            sys.stdout.buffer.write(wire.line(message))
-            sys.stdout.buffer.flush()
+            messages.write(wire.line(message))
+            messages.flush()
 
     job = wire.from_plain(TrainJob, order["job"])
     plan = wire.from_plain(TrainPlan, order["plan"])

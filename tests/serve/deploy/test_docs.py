@@ -42,7 +42,7 @@ def test_a_command_runs(extra: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     done = CliRunner().invoke(application(), [*chosen, *extra])
     assert done.exit_code == 0, done.output
     if "--emit" in extra:
-        assert "vllm serve llama-3.1-70b" in done.output
+        assert "vllm serve meta-llama/Llama-3.1-70B " in done.output
         assert "20 requests" in done.output.replace("\n", " ")
     else:
         assert '"objective": "throughput"' in done.output

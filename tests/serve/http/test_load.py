@@ -88,7 +88,7 @@ async def one(client: httpx.AsyncClient, draw: random.Random, seen: Seen, right:
     elif kind == "reset":
         seen.cut.add(name)
         body = json.dumps({**asked, "max_tokens": 400, "stream": True}).encode()
-        head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nX-Request-Id: {name}\r\nContent-Type: application/json\r\n"
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {name}\r\nContent-Type: application/json\r\n"
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         head += f"Content-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body[: draw.randrange(2 * len(body))])

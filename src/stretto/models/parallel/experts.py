@@ -181,8 +181,8 @@ class MoE(nn.Module):
                 else:
                     gate, up, down = came[3 * at : 3 * at + 3]
                 results.append(linear(silu(linear(part, gate)) * linear(part, up), down))
-        if not results:
-            return rows
+        if not results:  # no row, but of the type that the others' results have
+            return rows.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else rows
         del rows
         joined = torch.cat(results)
         results.clear()
