@@ -20,6 +20,7 @@ struct Buffer {
     T *get(int64_t count) {
         if (count > size) {
             const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+            size = 0;
             held.reset(static_cast<T *>(std::aligned_alloc(64, bytes)));
             if (!held) throw std::bad_alloc();
             size = count;

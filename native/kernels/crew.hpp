@@ -44,14 +44,20 @@ class Crew {
             news_.fetch_add(1, std::memory_order_release);
         }
         if (threads > 1 && sleepers_.load(std::memory_order_acquire)) wake_.notify_all();
+        const Over over{*this};
         walk->walk(0, threads);
-        if (threads > 1) {
-            std::lock_guard<std::mutex> lock(mutex_);
-            walk_.reset();
-        }
     }
 
   private:
+    // Lets go of a pass, also of one that threw.
+    struct Over {
+        Crew &crew;
+        ~Over() {
+            std::lock_guard<std::mutex> lock(crew.mutex_);
+            crew.walk_.reset();
+        }
+    };
+
     static constexpr double kAwake = 1e-3;  // seconds that a helper looks for the next pass before it sleeps
 
     void serve(int number) {

@@ -106,6 +106,7 @@ class Decoder {
         run.logits = reinterpret_cast<float *>(logits);
         run.picks = reinterpret_cast<int64_t *>(picks);
         nb::gil_scoped_release release;
+        std::lock_guard<std::mutex> one_at_a_time(turn_);  // passes share what is allocated
         threads = std::clamp(threads, 1, kMostThreads);
         run.allocate(level, threads);
         const double began = seconds_now();
@@ -120,6 +121,7 @@ class Decoder {
     }
 
   private:
+    std::mutex turn_;
     struct Run;
 
     // A run that nobody looks at any more.

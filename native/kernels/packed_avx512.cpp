@@ -62,6 +62,15 @@ STRETTO_TARGET_BF16 inline void store_twelves(uint8_t *bytes, int twelves, int64
     }
 }
 
+constexpr int kNarrow = 16 * 128;  // numbers of 24 bits of which 16 lanes of 32 bits hold the sums
+
+// Sums of 64 bits, and on them those of 32.
+STRETTO_TARGET_BF16 __m512i widened(__m512i wide, __m512i sum) {
+    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(sum));
+    const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sum, 1));
+    return _mm512_add_epi64(wide, _mm512_add_epi64(low, high));
+}
+
 // Whole numbers come out as in prepare_plain.
 STRETTO_TARGET_BF16 void prepare_avx512(const Rows &rows, int64_t r, const float *x, int64_t length) {
     x = sorted(rows, x, length);
@@ -80,8 +89,9 @@ STRETTO_TARGET_BF16 void prepare_avx512(const Rows &rows, int64_t r, const float
         }
         const float most = wrong ? std::numeric_limits<float>::infinity() : _mm512_reduce_max_ps(top);
         const Scale of(most, rows.largest(g));
-        __m512i sum = _mm512_setzero_si512();
+        __m512i sum = _mm512_setzero_si512(), wide = _mm512_setzero_si512();  // of 32 and of 64 bits
         for (int i = 0; i < group; i += 16) {
+            if (i % kNarrow == 0) wide = widened(wide, sum), sum = _mm512_setzero_si512();
             const Lanes value = some(x, first + i, length);
             const Lanes scaled = of.inverse == 0.0f ? _mm512_setzero_ps() : _mm512_mul_ps(value, _mm512_set1_ps(of.inverse));
             __m512i q = _mm512_cvtps_epi32(scaled);
@@ -96,10 +106,8 @@ STRETTO_TARGET_BF16 void prepare_avx512(const Rows &rows, int64_t r, const float
                 q = _mm512_srai_epi32(_mm512_sub_epi32(q, _mm512_cvtepi8_epi32(digit)), 8);
             }
         }
-        const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(sum));
-        const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sum, 1));
         numbers[2 * g * rows.tall] = of.scale;
-        numbers[(2 * g + 1) * rows.tall] = of.scale * float(_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)));
+        numbers[(2 * g + 1) * rows.tall] = of.scale * float(_mm512_reduce_add_epi64(widened(wide, sum)));
     }
 }
 

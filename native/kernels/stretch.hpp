@@ -31,8 +31,9 @@ class Stretch {
             const int64_t first = items * owner / threads, count = items * (owner + 1) / threads - first;
             for (int64_t i; (i = next_[owner].fetch_add(1, std::memory_order_relaxed)) < count; done++) work(first + i);
         }
-        if (done && done_.fetch_add(done, std::memory_order_acq_rel) + done == items) finished = seconds_now();
+        if (done) done_.fetch_add(done, std::memory_order_acq_rel);
         wait(items);
+        if (thread == 0) finished = seconds_now();
     }
 
     void clear(int threads) {
@@ -40,7 +41,7 @@ class Stretch {
         done_.store(0, std::memory_order_relaxed);
     }
 
-    double finished = 0.0;  // when its last item was done
+    double finished = 0.0;  // when thread 0, which alone writes and reads it, found its last item done
 
   private:
     // Who waits long waits for a thread that another process has put off its core. Only a core that goes idle takes that

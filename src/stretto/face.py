@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -107,11 +108,14 @@ def chosen_plan(
 
 
 def _make_folder(folder: Path) -> None:
+    """Make it, and see that files can be written there: a run's results must not be lost at its end."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
     except OSError as problem:
         raise UserError(
-            f"the folder cannot be made: {problem.strerror}",
+            f"the folder cannot be made or written: {problem.strerror}",
             file=str(folder),
             right="name one that may be written",
         ) from None

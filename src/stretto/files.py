@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,7 +73,9 @@ def read_yaml(path: str | Path) -> Document:
 def parse_yaml(text: str, file: str) -> Document:
     """Parse YAML text; `file` is the name used in errors."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
+    except RecursionError:
+        raise UserError("not valid YAML: it nests too deep", file=file, right="fewer brackets") from None
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None) or getattr(problem, "context_mark", None)
         what = getattr(problem, "problem", None) or str(problem)
@@ -90,6 +92,15 @@ def parse_yaml(text: str, file: str) -> Document:
     return Document(file, builder.value(root, ()), lines)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 of PyYAML, but for numbers with an exponent, which need neither a point nor a sign, as in JSON."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789.")
+)
+
+
 class _Builder:
     """Turns YAML nodes into plain data, noting lines and refusing what could grow without bound."""
 
@@ -97,7 +108,7 @@ class _Builder:
         self._file = file
         self._lines = lines
         self._seen: set[int] = set()
-        self._scalars = yaml.SafeLoader("")
+        self._scalars = _Loader("")
 
     def value(self, node: yaml.Node, path: Path_) -> Any:
         line = node.start_mark.line + 1
@@ -113,7 +124,7 @@ class _Builder:
             return [self.value(child, (*path, i)) for i, child in enumerate(node.value)]
         try:
             return self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as problem:
+        except (yaml.YAMLError, ValueError, KeyError) as problem:
             raise UserError(f"not a plain value: {problem}", file=self._file, line=line) from None
 
     def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
@@ -179,15 +190,15 @@ def _first_mistake(problem: ValidationError, document: Document, path: Path_) ->
     if kind == "missing":
         return document.error(place, "this field is missing", "add it")
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _fields_at(problem, document, place)
+        known = _fields_at(problem, path, place)
         return document.error(place, "there is no such field", f"known here: {known}" if known else "remove it")
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return document.error(place, f"the value is {_shown(given)}", f"it must be {message}")
 
 
-def _fields_at(problem: ValidationError, document: Document, place: Path_) -> str:
-    kind = _KNOWN_FIELDS.get(problem.title)
-    return kind if kind and len(place) <= 2 else ""
+def _fields_at(problem: ValidationError, path: Path_, place: Path_) -> str:
+    """The fields of the value that stands at `path`, if it is its own field that is wrong."""
+    return _KNOWN_FIELDS.get(problem.title, "") if len(place) == len(path) + 1 else ""
 
 
 _KNOWN_FIELDS: dict[str, str] = {}
@@ -256,21 +267,22 @@ def cluster_text(cluster: Cluster) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; into what is there and no file (a pipe, a terminal) straight.
 
     Raises:
         UserError: if its folder is missing or may not be written.
     """
     target = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+            return
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                out.write(text)
-            os.chmod(temporary, 0o644)
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as problem:
         raise UserError(

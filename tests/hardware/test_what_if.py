@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from stretto.core.errors import UserError
-from stretto.hardware.cluster import Cluster, Node
+from stretto.hardware import catalog
+from stretto.hardware.cluster import Cluster, Devices, Node
+from stretto.hardware.probe import is_this_machine, machine_identity
+from stretto.hardware.table import Table
 from stretto.hardware.what_if import changed
 
 NODES = Cluster(name="two", nodes=(Node(name="n", type="dgx-h100", count=2),), network="ib-ndr400")
@@ -41,3 +46,17 @@ def test_no_change_changes_no_figure() -> None:
 def test_mistakes_say_what_would_be_right(text: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         changed(NODES, text)
+
+
+def test_this_machine_with_other_figures_is_another_one() -> None:
+    device = replace(
+        catalog.device("h100-sxm"),
+        citations={"machine": machine_identity()},
+        measured={"x": Table.line("rows", [(1, 0.2)])},
+    )
+    here = Cluster(name="here", nodes=(Node(name="node0", devices=(Devices(device=device),)),))
+    assert is_this_machine(here)
+    other = changed(here, "memory=+64GB")
+    assert not is_this_machine(other)
+    assert other.fingerprint() != here.fingerprint()
+    assert next(iter(other.devices().values())).measured == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -266,3 +268,30 @@ def test_an_order_or_steps_that_do_not_fit_are_refused() -> None:
         plain.mixed(torch.arange(256), torch.tensor([7, 127]), 255)
     with pytest.raises(ValueError, match="steps"):
         plain.mixed(torch.arange(256), torch.tensor([7, 128]), 256)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_sums_over_wide_groups_do_not_overflow(level: str) -> None:
+    """A row of ones has the largest whole numbers everywhere, and a minimum meets their sum."""
+    values = torch.zeros(16, 8192, dtype=torch.uint8)
+    weights = pack(values, torch.ones(16, 1).half(), torch.ones(16, 1).half(), bits=4)
+    torch.testing.assert_close(weights.multiply(torch.ones(2, 8192), level=level), torch.full((2, 16), 8192.0))
+
+
+def test_what_native_code_would_take_on_trust_is_checked() -> None:
+    values, scales = torch.zeros(16, 128, dtype=torch.uint8), torch.ones(16, 4).half()
+    for length in (0, 96, 129, 4096):
+        with pytest.raises(ValueError, match=f"length is {length}; it must be at most 128"):
+            pack(values, scales, bits=4, length=length)
+    with pytest.raises(ValueError, match="values is '16 or more'; it must be from 0 to 15"):
+        pack(values + 16, scales, bits=4)
+    with pytest.raises(ValueError, match="at least one group"):
+        pack(values, scales[:, :0], bits=4)
+    whole = pack(values, scales, bits=4)
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match=f"threads is {threads}; it must be at least 1"):
+            whole.multiply(torch.zeros(1, 128), threads=threads)
+    with pytest.raises(ValueError, match="contiguous fp32 on the CPU"):
+        whole.multiply(torch.zeros(1, 128, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"data is .*the \d+ bytes of such a matrix"):
+        replace(whole, data=whole.data[:-1]).multiply(torch.zeros(1, 128))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from stretto.core.errors import UserError  # noqa: E402
+from stretto.models.assemble import build  # noqa: E402
 from stretto.models.fused import FusedDecoder, build_fused  # noqa: E402
+from stretto.models.kv_cache import KVCache  # noqa: E402
 from stretto.models.load import Model, load_model, open_model  # noqa: E402
 from stretto.models.packable import why_not_fused  # noqa: E402
 from stretto.models.segment import Segment  # noqa: E402
@@ -154,3 +157,47 @@ def test_plain_bf16_weights_run_fused(folder: Path, path: str) -> None:
     bound = 1e-5 if path == "exact" else 3e-2  # the others round activations to bf16
     assert (found - wanted).abs().max() < bound * wanted.abs().max()
     assert torch.equal(logits_of(fused, ids, [1, 12, 27], 16), found)
+
+
+def test_ids_of_any_whole_type_are_the_same(fused: FusedDecoder, ids: list[int]) -> None:
+    found = []
+    for dtype in (torch.int32, torch.int64):
+        cache = fused.new_cache(pages=1, page_tokens=64)
+        found.append(fused.forward(torch.tensor(ids, dtype=dtype), [Segment(0, 40, 0, (0,), 1)], cache))
+    assert torch.equal(*found)
+
+
+def test_a_cache_of_another_model_is_refused(model: Model, fused: FusedDecoder, ids: list[int]) -> None:
+    segments = [Segment(0, 40, 0, (0,), 1)]
+    for decoder in (fused, model.transformer):
+        for other in (replace(model.spec, kv_heads=1), replace(model.spec, layers=2), replace(model.spec, head_dim=32)):
+            cache = KVCache(other, pages=1, page_tokens=64, dtype=decoder.dtype)
+            with pytest.raises(ValueError, match="the cache is of another model or type"):
+                decoder.forward(torch.tensor(ids), segments, cache)
+        cache = KVCache(model.spec, pages=1, page_tokens=64, dtype=torch.float64)
+        with pytest.raises(ValueError, match="the cache is of another model or type"):
+            decoder.forward(torch.tensor(ids), segments, cache)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.bias", "self_attn.o_proj.bias", "mlp.down_proj.bias"])
+def test_a_bias_that_the_configuration_does_not_mention_is_never_left_out(packaged: Path, name: str) -> None:
+    files = open_model(str(packaged))
+    strange = f"model.layers.3.{name}"
+    weights = replace(files.weights, sources={**files.weights.sources, strange: lambda: torch.ones(576)})
+    assert why_not_fused(files.spec, weights) == f"its configuration does not mention {strange}"
+    with pytest.raises(UserError, match=f"has {strange}, which its configuration does not mention"):
+        build(files.spec, weights, dtype=torch.float32, threads=1)
+
+
+def test_layers_that_are_not_there_are_told_at_once(packaged: Path) -> None:
+    files = open_model(str(packaged))
+    with pytest.raises(UserError, match=r"model\.layers\.1999999999\.input_layernorm\.weight"):
+        build(replace(files.spec, layers=2 * 10**9), files.weights, dtype=torch.float32, threads=1)
+
+
+def test_a_matrix_that_is_not_there_is_told(packaged: Path) -> None:
+    files = open_model(str(packaged))
+    missing = "model.layers.3.mlp.up_proj.weight"
+    left = {name: source for name, source in files.weights.sources.items() if name != missing}
+    with pytest.raises(UserError, match=missing):
+        build_fused(files.spec, replace(files.weights, sources=left), path="exact", dtype=torch.float32, threads=1)

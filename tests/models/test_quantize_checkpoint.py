@@ -265,3 +265,40 @@ def test_scales_too_large_for_fp16_run_in_torch_alone(wide: Path, tmp_path: Path
     assert isinstance(files.weights.sources["model.layers.1.mlp.up_proj.weight"], GroupedTensor)
     with pytest.raises(UserError, match="fp16"):
         build_fused(files.spec, files.weights, path="exact", dtype=torch.float32, threads=1)
+
+
+def test_a_group_is_no_wider_than_its_row(wide: Path, tmp_path: Path) -> None:
+    """A file may claim any size of a group; memory follows the rows."""
+    written(tmp_path / "new", wide, Recipe(method="rtn", grid=Grid(group=-1)))
+    file = tmp_path / "new" / "config.json"
+    config = json.loads(file.read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        if group["weights"]["strategy"] == "channel":
+            group["weights"] |= {"strategy": "group", "group_size": 2**40}
+    file.write_text(json.dumps(config))
+    source = open_model(str(tmp_path / "new")).weights.sources["model.layers.1.mlp.up_proj.weight"]
+    assert isinstance(source, GroupedTensor)
+    assert source.group == 64
+    assert torch.isfinite(source.dequantize()).all()
+
+
+def test_of_schemes_that_fit_the_one_with_zero_points_is_for_those_that_have_them(wide: Path, tmp_path: Path) -> None:
+    files, found = written(tmp_path / "new", wide, Recipe(method="rtn", grid=Grid(group=32, symmetric=False)))
+    file = tmp_path / "new" / "config.json"
+    config = json.loads(file.read_text())
+    groups = config["quantization_config"]["config_groups"]
+    first = next(iter(groups.values()))
+    config["quantization_config"]["config_groups"] = {
+        "other": {**first, "weights": {**first["weights"], "symmetric": True}},
+        **groups,
+    }
+    file.write_text(json.dumps(config))
+    name = "model.layers.1.mlp.up_proj.weight"
+    again = open_model(str(tmp_path / "new")).weights.sources[name]
+    assert torch.equal(again.dequantize(), found[name].dequantize()[:, : files.spec.hidden])
+
+
+def test_a_place_that_cannot_be_written_is_told(wide: Path) -> None:
+    files = open_model(str(wide))
+    with pytest.raises(UserError, match="out: cannot be written"):
+        write_checkpoint(Path("/proc/new"), files.spec, files.weights, files.tokenizer, Recipe(method="rtn"), ())

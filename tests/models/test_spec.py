@@ -112,6 +112,10 @@ def test_a_quantised_cache_moves_fewer_bytes() -> None:
         ({"num_attention_heads": 5}, "heads"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
+            "rope_scaling.factor: is .0.5.; it must",
+        ),
         ({"mlp_bias": True}, "mlp_bias"),
     ],
 )

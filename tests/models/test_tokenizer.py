@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,37 @@ def test_templates_that_break_out_or_never_end_are_stopped(template: str) -> Non
 def test_templates_may_use_what_transformers_gives_them() -> None:
     template = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
     assert render_chat(template, TALK, file="m", variables={}) == '{"role": "user", "content": "What is 2+2?"}'
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set ns = namespace(a='xxxxxxxx') %}" + "{% for i in range(40) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
+        "{{ 'x' | center(10000000000) }}",
+        "{{ 'x'.ljust(10000000000) }}",
+        "{{ 'x'.zfill(10000000000) }}",
+        "{{ '%10000000000d' % 5 }}",
+        "{{ '%*d' % (10000000000, 5) }}",
+        "{{ '{:>10000000000}'.format('x') }}",
+        "{{ '{:>{}}'.format('x', 10000000000) }}",
+        "{{ '%10000000000d' | format(5) }}",
+        "{% set s = 'x' | center(9000) %}{{ s.replace('x', s).replace(' ', s) }}",
+        "{{ [1] | slice(10000000000) | list }}",
+        "{% set s = 'x' | center(9000) %}{% for a in s %}{% for b in s %}{% for c in s %}{% endfor %}"
+        + "{% endfor %}" * 2,
+    ],
+)
+def test_templates_can_neither_grow_nor_loop_without_end(template: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match="its chat template failed"):
+        render_chat(template, TALK, file="m", variables={})
+    assert time.monotonic() - began < 10
+
+
+def test_what_templates_use_works_as_in_jinja() -> None:
+    template = (
+        "{% for m in messages %}{{ loop.index ~ '/' ~ loop.length }}{{ ',' if not loop.last }}{% endfor %}"
+        "{{ none ~ nothing ~ 1.5 }}{{ 'a-b' | replace('-', '+') }}{{ 'x'.center(3) }}{{ '%s=%03d' % ('n', 7) }}"
+        "{{ '{}:{:>4}'.format('k', 'v') }}{{ [1, 2, 3] | batch(2) | list | length }}"
+    )
+    assert render_chat(template, TALK, file="m", variables={}) == "1/3,2/3,3/3None1.5a+b x n=007k:   v2"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from stretto.hardware.cluster import Cluster, Devices, Node
 from stretto.hardware.device import Device
 from stretto.models.spec import ModelSpec
 from stretto.serve import predict
-from stretto.serve.job import ServeJob
+from stretto.serve.job import Limits, ServeJob
 from stretto.serve.plan import ServePlan, candidates, check
 from stretto.serve.workload import Workload
 
@@ -62,6 +64,38 @@ def test_a_job_may_ask_for_lanes_or_have_them_weighed() -> None:
         for asked in ("mixed", "lanes", "auto")
     }
     assert found == {"mixed": {"mixed"}, "lanes": {"lanes"}, "auto": {"mixed", "lanes"}}
+
+
+@pytest.mark.parametrize(
+    ("units", "changes", "threads"),
+    [
+        (8, {}, {1, 4, 8}),
+        (8, {"limits": Limits(threads=6)}, {1, 3, 6}),
+        (4, {"prefill": "lanes"}, {1, 2, 4}),
+        (8, {"instances": 4}, {1, 2}),
+        (2, {}, {1, 2}),
+        (8, {"threads": 5}, {5}),
+    ],
+)
+def test_as_many_threads_are_weighed_as_there_can_be(units: int, changes: dict[str, Any], threads: set[int]) -> None:
+    job = ServeJob(prompts=("a",), **changes)
+    assert {plan.threads for plan in candidates(job, WORK, cluster_of(replace(CPU, units=units)))} == threads
+
+
+def test_the_nearest_number_of_threads_fits() -> None:
+    job = ServeJob(prompts=("a",), instances=2, limits=Limits(threads=3))
+    plan = serve_plan(prefill="mixed", instances=2, threads=2)
+    refusal = check(job, plan, WORK, cluster_of(replace(CPU, units=8)))
+    assert refusal is not None
+    assert (refusal.reason, refusal.nearest) == ("4 threads, limits.threads is 3", "threads: 1")
+
+
+def test_norms_need_fp32() -> None:
+    device = replace(CPU, name="card", kind="gpu", peak_flops={"bf16": 1e15})
+    plan = serve_plan(device="here/gpu0", prefill="mixed", dtype="bf16", path="torch")
+    refusal = check(ServeJob(prompts=("a",)), plan, WORK, cluster_of(device))
+    assert refusal is not None
+    assert refusal.reason == "card has no peak of fp32, in which norms and sums are computed"
 
 
 def test_a_forecast_knows_that_a_long_prompt_holds_nobody_up() -> None:

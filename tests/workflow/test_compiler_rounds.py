@@ -184,6 +184,39 @@ def test_calls_are_told_apart_in_the_log_by_what_they_are_given(tmp_path: Path) 
     assert len(made) == 5
 
 
+def test_the_log_of_another_question_answers_nothing(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def plan(prompt: wf.Prompt) -> str:
+        asked.append("plan")
+        return f'1. work("{len(asked)}", 0)\n2. join()'
+
+    def run(question: str) -> str | None:
+        async def main(clock: VirtualClock) -> str | None:
+            with wf.DurableLog(tmp_path / "log", beat_s=None) as log:
+                made = wf.Compiler(planner=wf.Called(plan), tools=[waiting()], joiner=wf.last_result)
+                return (await made.arun(question, clock=clock, log=log)).text
+
+        return simulate_async(main)
+
+    first, same, other = run("which?"), run("which?"), run("another?")
+    assert first == same != other
+    assert len(asked) == 2
+
+
+def test_equal_calls_at_once_are_paid_once_also_when_going_on(tmp_path: Path) -> None:
+    tool = waiting(price=1.0)
+    plan = wf.parse_plan("\n".join(f'{i}. work("a", 1)' for i in range(1, 10)) + "\n10. join()", ["work"])
+
+    async def main(clock: VirtualClock) -> None:
+        with wf.DurableLog(tmp_path / "log", beat_s=None) as log:
+            await wf.execute(plan, [tool], clock=clock, log=log)
+
+    simulate_async(main)
+    with wf.DurableLog(tmp_path / "log", beat_s=None) as log:
+        assert log.spent == 1.0
+
+
 def test_settings_are_checked_where_they_are_given() -> None:
     planner = wf.Scripted()
     for wrong in ({"max_rounds": 0}, {"max_parallel": 0}, {"deadline_s": 0.0}, {"tools": [len]}):

@@ -91,12 +91,17 @@ def test_ctrl_c_ends_cleanly_with_what_is_done() -> None:
 
 def test_results_go_into_arguments_once() -> None:
     steps = (
-        wf.Step(name="a", tool="text", args={"text": "{b} {nobody} {a}"}),
+        wf.Step(name="a", tool="said", args={"text": "{nobody}"}),
         wf.Step(name="b", tool="text", args={"text": "<{a}>"}),
         wf.Step(name="n", tool="count", args={"what": "{b}"}),
         wf.Step(name="c", tool="text", args={"text": "{n}"}),
         wf.Step(name="d", tool="twice", args={"x": "{n}", "more": ["{b}", 1]}),
     )
+
+    @wf.tool
+    def said(text: str) -> str:
+        """What looks like names."""
+        return f"{{b}} {text} {{a}}"
 
     @wf.tool
     def count(what: str) -> int:
@@ -108,7 +113,7 @@ def test_results_go_into_arguments_once() -> None:
         """Double it."""
         return [2 * x, *more]
 
-    outcome = wf.run(wf.WorkflowJob(steps=steps), tools=[count, twice])
+    outcome = wf.run(wf.WorkflowJob(steps=steps), tools=[said, count, twice])
     assert outcome.results == {
         "a": "{b} {nobody} {a}",
         "b": "<{b} {nobody} {a}>",
@@ -117,6 +122,20 @@ def test_results_go_into_arguments_once() -> None:
         "d": [36, "<{b} {nobody} {a}>", 1],
     }
     assert "text is 18; it must be str" in str(outcome.results["c"])
+
+
+@pytest.mark.parametrize("used", ["b", "a"])
+def test_results_of_steps_below_are_refused(used: str) -> None:
+    steps = (wf.Step(name="a", tool="text", args={"text": f"<{{{used}}}>"}), wf.Step(name="b", tool="wait"))
+    with pytest.raises(FieldError, match=r"steps\.0\.args is '\{[ab]\}'; it must be of a step above"):
+        wf.WorkflowJob(steps=steps)
+
+
+@pytest.mark.parametrize(("text", "money"), [("0.30", 0.3), ("0.30 USD", 0.3), ("1e-2EUR", 0.01)])
+def test_money_is_a_number_with_a_currency_or_without(text: str, money: float) -> None:
+    assert amount(text) == money
+    with pytest.raises(FieldError, match="the code of its currency"):
+        amount("30 cents")
 
 
 def test_a_file_cannot_bring_tools() -> None:

@@ -17,9 +17,10 @@ from mcp.server import MCPServer
 
 SERVER = """
 from mcp.server import MCPServer
+from mcp_types import ToolAnnotations
 server = MCPServer("numbers")
 
-@server.tool()
+@server.tool(annotations=ToolAnnotations(read_only_hint=True))
 def add(x: int, y: int = 1) -> int:
     "Add two numbers."
     return x + y
@@ -38,6 +39,7 @@ async def outcomes(server: Any) -> list[Any]:
     async with wf.mcp_tools(server, timeout_s=20) as tools:
         assert [tool.signature for tool in tools] == ["add(x: int, y: int = 1)", "fail(text: str)"]
         assert tools[0].description == "Add two numbers."
+        assert [tool.pure for tool in tools] == [True, False]
         plan = wf.parse_plan(PLAN, [tool.name for tool in tools])
         return [one.outcome for one in await wf.execute(plan, tools)]
 

@@ -222,6 +222,12 @@ def test_react_calls_one_tool_a_step_and_sends_the_whole_transcript() -> None:
     assert [span.key.phase for span in answer.trace] == ["step", "search", "step", "search", "step"]
 
 
+def test_react_takes_join_for_no_call() -> None:
+    model = wf.Called(lambda prompt: "Thought: done.\nAction: join()")
+    answer = wf.ReAct(model=model, tools=[search], max_steps=3).run("?")
+    assert answer.failure is None or "no answer" in answer.failure
+
+
 def test_react_gives_up_after_its_steps_and_survives_bad_calls() -> None:
     model = wf.Called(lambda prompt: "Action: nosuch(1)" if len(prompt.rounds) % 2 else "Action: search(x + 1)")
     answer = wf.ReAct(model=model, tools=[search], max_steps=4).run("?")

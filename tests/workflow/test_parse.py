@@ -285,3 +285,10 @@ def test_megabytes_on_one_line_are_cut_and_told() -> None:
     assert sum(map(len, parser._pieces)) == MOST_LINE_CHARACTERS + 1
     (task,) = parser.feed("')\n")
     assert task.problem == "the line has more than 65536 characters"
+
+
+@pytest.mark.parametrize("odd", ["1_", "1__0", "2024_report", "-1_.5", "1_e"])
+def test_odd_numbers_take_down_their_line_alone(odd: str) -> None:
+    plan = parse_plan(f'1. f({odd})\n2. f("ok")\n3. join()', ["f"])
+    assert [task.number for task in plan.tasks] == [1, 2]
+    assert plan.tasks[1].problem is None

@@ -156,7 +156,7 @@ def seven_billion_on_a_3090(quick: bool) -> Figure:
     setting="all widths and groups of the tests, on the CPU kernels",
 )
 def bytes_are_counted(quick: bool) -> Figure:
-    from stretto.kernels.ops import packed_bytes
+    from stretto.kernels.packed import packed_bytes
 
     shapes = [(16, 128, 128), (64, 576, 32), (1536, 576, 64), (4096, 4096, 128)]
     found = [packed_bytes(columns, inner, group, 4, False) for columns, inner, group in shapes]

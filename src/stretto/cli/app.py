@@ -11,7 +11,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from stretto import __version__
 from stretto.core.plan import Progress as ProgressCallback
@@ -42,6 +43,11 @@ def common(
     """Options before any command."""
 
 
+def say(text: str, *, soft_wrap: bool = False) -> None:
+    """Text for people as it stands: whatever brackets are in it are no markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=soft_wrap)
+
+
 def print_json(value: Any, *, indent: int | None = 2) -> None:
     """One JSON document on stdout; without `indent` on one line."""
     sys.stdout.write(json.dumps(value, indent=indent, allow_nan=False, default=_plain) + "\n")
@@ -56,6 +62,13 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
+class _Count(ProgressColumn):
+    """How many of how many are done; nothing where neither is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:.0f}/{task.total:.0f}" if task.total else "")
+
+
 @contextmanager
 def progress_bar(*, quiet: bool) -> Iterator[ProgressCallback]:
     """A progress callback drawn on stderr; with `quiet`, or where stderr is no terminal, nothing is drawn."""
@@ -65,7 +78,7 @@ def progress_bar(*, quiet: bool) -> Iterator[ProgressCallback]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        _Count(),
     )
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, TaskID] = {}

@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import stretto
-from stretto.cli.app import app, console, print_json, progress_bar
+from stretto.cli.app import app, console, print_json, progress_bar, say
 from stretto.cli.format import cell, interval
 from stretto.core.errors import UserError
 from stretto.core.plan import Prediction
@@ -62,11 +62,11 @@ def plan(
         return
     show(ranking, top)
     if count is not None:
-        console.print(f"fewest devices that keep the promise: {count}", highlight=False)
+        say(f"fewest devices that keep the promise: {count}")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line, soft_wrap=True)
     if save is not None:
-        console.print(f"plan written to {save}")
+        say(f"plan written to {save}")
 
 
 @contextmanager
@@ -132,9 +132,9 @@ def show(ranking: Ranking, top: int) -> None:
         table.add_row(str(number), *(str(row[name]) for name in differing), *figures)
     console.print(table)
     common = ", ".join(f"{name} {value}" for name, value in rows[0].items() if name not in differing)
-    console.print(f"all of these: {common}", highlight=False)
+    say(f"all of these: {common}")
     for number, weighed in enumerate(shown[1:], start=2):
-        console.print(f"  {number} beside 1: {ranking.behind(weighed)}", highlight=False)
+        say(f"  {number} beside 1: {ranking.behind(weighed)}")
     _show_percentiles(shown[0].prediction)
     untried = f", {ranking.untried} not tried for want of time" if ranking.untried else ""
     console.print(
@@ -144,13 +144,13 @@ def show(ranking: Ranking, top: int) -> None:
     for rejected in ranking.rejected:
         by_reason.setdefault(str(rejected.refusal), []).append(rejected.choices)
     for reason, group in by_reason.items():
-        console.print(f"  rejected ({len(group)}): {reason}", highlight=False)
-    console.print(f"why: {ranking.why}", highlight=False)
+        say(f"  rejected ({len(group)}): {reason}")
+    say(f"why: {ranking.why}")
     best = ranking.weighed[0].prediction
     if best.assumed:
-        console.print(f"assumed: {best.assumed}", highlight=False)
+        say(f"assumed: {best.assumed}")
     if best.table:
-        console.print(best.table, highlight=False)
+        say(best.table)
 
 
 def _show_percentiles(prediction: Prediction) -> None:
@@ -159,4 +159,4 @@ def _show_percentiles(prediction: Prediction) -> None:
         points = {key: m for key, m in prediction.metrics.items() if key.startswith(f"{name}_p")}
         if points:
             shown = (f"{key.removeprefix(name + '_')} {interval(m.value, m.unit)}" for key, m in points.items())
-            console.print(f"  {name.replace('_', ' ')} of 1: {', '.join(shown)}", highlight=False)
+            say(f"  {name.replace('_', ' ')} of 1: {', '.join(shown)}")

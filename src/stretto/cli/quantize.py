@@ -51,10 +51,10 @@ def quantize(
         chosen: dict[str, Any] = {"method": method, "sparse": sparse, "head": head}
         recipe = Recipe(grid=grid, act_order=act_order, **chosen)
         calibration = None if text is None else Calibration(file=text, windows=windows)
+        with progress_bar(quiet=as_json) as progress:
+            report = quantise_to(out, model, recipe, calibration, threads=threads, progress=progress)
     except FieldError as error:
         raise UserError(str(error)) from None
-    with progress_bar(quiet=as_json) as progress:
-        report = quantise_to(out, model, recipe, calibration, threads=threads, progress=progress)
     if as_json:
         print_json(dataclasses.asdict(report))
         return

@@ -18,9 +18,7 @@ from stretto.core.errors import UserError
 @app.command()
 def rank(
     what: Path = typer.Argument(metavar="JOB|PLAN", help="A plan file, or a training job, planned for `--on`."),
-    on: Path = typer.Option(
-        None, "--on", help="The cluster file of the machines; needed for a job, and for a plan's forecast."
-    ),
+    on: Path = typer.Option(None, "--on", help="The cluster file of the machines, for a job, which is planned first."),
     as_json: bool = typer.Option(False, "--json", help="Print a line of JSON for each thing that happens."),
 ) -> None:
     """Be one rank of a training plan: torchrun --nnodes 2 --nproc-per-node 4 ... -m stretto rank plan.yaml."""

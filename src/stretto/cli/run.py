@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import stretto
-from stretto.cli.app import app, console, print_json, progress_bar
+from stretto.cli.app import app, console, print_json, progress_bar, say
 from stretto.cli.format import metric
 from stretto.cli.plan import prediction_data
 from stretto.core.errors import FieldError, UserError
@@ -89,10 +89,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def show_forecast(choices: Any, forecast: Prediction) -> None:
-    console.print(f"plan: {choices}", highlight=False)
+    say(f"plan: {choices}")
     figures = ", ".join(f"{name.replace('_', ' ')} {metric(value)}" for name, value in forecast.metrics.items())
-    console.print(f"forecast: {figures}", highlight=False)
-    console.print(f"assumed: {forecast.assumed}", highlight=False)
+    say(f"forecast: {figures}")
+    say(f"assumed: {forecast.assumed}")
 
 
 def result_data(result: Result) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def result_data(result: Result) -> dict[str, Any]:
             for row in comparison.phases
         ],
         "forecast": prediction_data(result.forecast),
-        "tokens": sum(int(output["tokens"]) for output in result.outputs),
+        "tokens": sum(int(output.get("tokens", 0)) for output in result.outputs),
         "outputs": list(result.outputs),
         "plan": plan_data(result.plan),
         "interrupted": result.interrupted,
@@ -126,13 +126,13 @@ def _show(result: Result) -> None:
     for heading, text in result.said:
         if heading:
             console.print(f"[bold]{escape(heading)}[/bold]", highlight=False)
-        console.print(f"  {escape(text)}\n" if heading else escape(text), highlight=False)
+        say(f"  {text}\n" if heading else text)
     table = Table(title="predicted beside measured, with what came out", title_justify="left")
     for heading in ("phase", "spans", "predicted", "measured", "error"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
     for row in result.comparison.phases:
         table.add_row(
-            row.phase,
+            escape(row.phase),
             str(row.count),
             f"{row.predicted_s:.3f} s",
             f"{row.measured_s:.3f} s",
@@ -143,8 +143,8 @@ def _show(result: Result) -> None:
     table.add_row("total", "", f"{total.predicted_s:.3f} s", f"{total.measured_s:.3f} s", f"{total.error:+.1%}")
     console.print(table)
     for remark in result.remarks:
-        console.print(remark, highlight=False)
+        say(remark)
     if result.interrupted:
-        console.print("interrupted: what stands above was done so far")
+        say("interrupted: what stands above was done so far")
     for kind, path in result.files.items():
-        console.print(f"{kind}: {path}", highlight=False)
+        say(f"{kind}: {path}")

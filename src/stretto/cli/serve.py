@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import stretto
-from stretto.cli.app import app, console, progress_bar
+from stretto.cli.app import app, progress_bar, say
 from stretto.core.errors import FieldError, UserError
 from stretto.core.plan import Plan
 from stretto.files import read_yaml, validate
@@ -180,7 +180,7 @@ def batch(
         if output.exists() and output.samefile(requests):
             raise UserError("is the file of the requests", file=str(output), right="name another one for the answers")
         counts = run_batch(settings, lines, output, progress=lambda done: progress("answers", done, len(lines)))
-    console.print(f"{counts.answered} answered, {counts.refused} refused; written to {output}", highlight=False)
+    say(f"{counts.answered} answered, {counts.refused} refused; written to {output}")
     if counts.refused:
         raise typer.Exit(1)
 

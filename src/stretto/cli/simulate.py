@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 import stretto
-from stretto.cli.app import app, console, print_json, progress_bar
+from stretto.cli.app import app, console, print_json, progress_bar, say
 from stretto.cli.format import metric, quantity
 from stretto.cli.plan import prediction_data
 from stretto.core.plan import Prediction
@@ -36,7 +36,7 @@ def simulate(
     else:
         _show(prediction, trace)
         for kind, path in files.items():
-            console.print(f"{kind}: {path}", highlight=False)
+            say(f"{kind}: {path}")
 
 
 def trace_data(trace: Trace) -> dict[str, Any]:
@@ -54,12 +54,12 @@ def trace_data(trace: Trace) -> dict[str, Any]:
 
 def _show(prediction: Prediction, trace: Trace) -> None:
     for name, value in prediction.metrics.items():
-        console.print(f"{name.replace('_', ' ')}: {metric(value)}", highlight=False)
+        say(f"{name.replace('_', ' ')}: {metric(value)}")
     table = Table(title="lanes", title_justify="left")
     for heading in ("lane", "busy", "bubble"):
         table.add_column(heading)
     for lane, seconds in trace.busy.items():
         table.add_row(lane, quantity(seconds, "s"), f"{trace.bubble[lane]:.1%}")
     console.print(table)
-    console.print(f"bottleneck: {prediction.bottleneck}", highlight=False)
-    console.print(f"assumed: {prediction.assumed}", highlight=False)
+    say(f"bottleneck: {prediction.bottleneck}")
+    say(f"assumed: {prediction.assumed}")

@@ -59,7 +59,11 @@ class EventLog:
         return iter(self.entries)
 
     def save(self, path: Path) -> None:
-        """Write one JSON object a line, the header first."""
+        """Write one JSON object a line, the header first.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         lines = [json.dumps(self.header)]
         lines += [
             json.dumps({"at": e.at, "events": e.events, "decision": e.decision}, separators=(",", ":"))
@@ -67,7 +71,13 @@ class EventLog:
         ]
         if self._waiting:
             lines.append(json.dumps({"events": self._waiting}, separators=(",", ":")))
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        try:
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except OSError as problem:
+            right = "name a folder that may be written"
+            raise UserError(
+                f"the event log cannot be written: {problem.strerror}", file=str(path), right=right
+            ) from None
 
     @classmethod
     def load(cls, path: Path) -> EventLog:

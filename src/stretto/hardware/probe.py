@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ def _write(file: Path, cluster: Cluster) -> None:
         temporary.write_text(yaml.safe_dump(cluster.to_dict(), sort_keys=False), encoding="utf-8")
         temporary.replace(file)
     except OSError as problem:
+        with suppress(OSError):
+            temporary.unlink()
         right = "set XDG_CACHE_HOME to a folder that may be written"
         raise UserError(f"the measurement cannot be kept: {problem}", file=str(file), right=right) from None
 

@@ -6,8 +6,10 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from stretto.core.errors import UserError
 from stretto.hardware.table import Table
 
 
@@ -27,8 +29,18 @@ def read_tables(file: Path, *, fresh_s: float | None = None) -> dict[str, Table]
 
 
 def write_tables(file: Path, tables: Mapping[str, Table]) -> None:
-    """Write `tables`, whole or not at all; several processes may write one file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write `tables`, whole or not at all; several processes may write one file.
+
+    Raises:
+        UserError: the folder or the file cannot be written.
+    """
     temporary = file.with_suffix(f".{os.getpid()}.part")
-    temporary.write_text(json.dumps({name: table.to_dict() for name, table in tables.items()}), encoding="utf-8")
-    temporary.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({name: table.to_dict() for name, table in tables.items()}), encoding="utf-8")
+        temporary.replace(file)
+    except OSError as problem:
+        with suppress(OSError):
+            temporary.unlink()
+        right = "set XDG_CACHE_HOME to a folder that may be written"
+        raise UserError(f"the measurement cannot be kept: {problem.strerror}", file=str(file), right=right) from None

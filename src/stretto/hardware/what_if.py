@@ -56,7 +56,8 @@ def _change(name: str, value: str) -> Change:
 
 
 def changed(cluster: Cluster, text: str) -> Cluster:
-    """`cluster` with the changes of `text`, under a name that says so.
+    """`cluster` with the changes of `text`, under a name that says so; it is known by its figures alone, even if it was
+    this machine.
 
     Raises:
         UserError: if the text is wrong, or a figure would not be positive.
@@ -85,6 +86,8 @@ def _device(device: Device, changes: Mapping[str, Change]) -> Device:
 
     return replace(
         device,
+        measured={},  # of a machine that is not this one any more
+        citations={name: source for name, source in device.citations.items() if name != "machine"},
         memory_bytes=of("memory", device.memory_bytes),
         bandwidth=of("bandwidth", device.bandwidth),
         peak_flops={dtype: of("flops", peak) for dtype, peak in device.peak_flops.items()},

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from stretto.core.errors import require
-from stretto.kernels.ops import packed_bytes, packed_matmul
-from stretto.kernels.packed import PATHS, PackedMatrix, Path, pack
+from stretto.kernels.ops import packed_matmul
+from stretto.kernels.packed import PATHS, PackedMatrix, Path, pack, packed_bytes
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """What `kernels.packed.pack` takes: values uint8 [columns, inner], scales and minima fp16 [columns, groups] or None."""

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stretto.core.errors import UserError, require
-from stretto.kernels import _native
-from stretto.kernels.packed import PATHS, PackedMatrix
+from stretto.kernels.packed import PATHS, PackedMatrix, packed_bytes
 
 if TYPE_CHECKING:
     from stretto.kernels.packed import Path
@@ -42,12 +41,6 @@ def packed_matmul(x: torch.Tensor, matrix: PackedMatrix, *, path: Path = "exact"
         x, matrix.data, matrix.columns, matrix.length, matrix.group, matrix.bits, matrix.minimum, path
     )
     return found
-
-
-def packed_bytes(columns: int, length: int, group: int, bits: int, minimum: bool) -> int:
-    """What a packed matrix takes: bits/8 a weight and 2 or 4 bytes a group, of whole panels and whole groups."""
-    inner = -(-length // group) * group
-    return _native.Packed(0, columns, inner, group, bits, minimum, 0, 0).bytes
 
 
 def _check(

@@ -45,7 +45,7 @@ class PackedMatrix:
         columns, length: its shape; inner elements are padded to whole groups with zeros.
         group: inner elements that share a scale; a multiple of 32.
         bits: 4, 8 or 16.
-        minimum: whether groups have a minimum; else 4-bit values have 8 subtracted and 8-bit ones are signed.
+        minimum: whether groups have a minimum; else 4-bit values have 8 subtracted and 8-bit ones 128.
         order: int32 [inner], which element of a row meets each inner element, -1 for none; None: as they come.
         steps: uint8 [groups], how many steps to either side of zero the fast path keeps of each group: 127 for 8 bits,
             7 for 4; None: 127 everywhere.
@@ -68,9 +68,12 @@ class PackedMatrix:
     def native(self) -> _native.Packed:
         """What native calls take; it does not keep `data`, `order` and `steps` alive."""
         order, steps = (0 if each is None else each.data_ptr() for each in (self.order, self.steps))
-        return _native.Packed(
+        found = _native.Packed(
             self.data.data_ptr(), self.columns, self.inner, self.group, self.bits, self.minimum, order, steps
         )
+        given = self.data.numel() * self.data.element_size()
+        require(given == found.bytes, "data", tuple(self.data.shape), f"the {found.bytes} bytes of such a matrix")
+        return found
 
     def mixed(self, order: torch.Tensor, steps: torch.Tensor, length: int) -> PackedMatrix:
         """This matrix, whose inner elements were sorted so before packing, for rows of `length` in their own order.
@@ -92,7 +95,9 @@ class PackedMatrix:
     ) -> torch.Tensor:
         """x [rows, length], contiguous fp32, times the matrix: fp32 [rows, columns]."""
         require(x.ndim == 2 and x.shape[1] == self.length, "x", tuple(x.shape), f"[rows, {self.length}]")
-        require(x.is_contiguous() and x.element_size() == 4, "x", x.dtype, "contiguous fp32")
+        right = x.is_contiguous() and str(x.dtype) == "torch.float32" and x.device.type == "cpu"
+        require(right, "x", x.dtype, "contiguous fp32 on the CPU")
+        require(threads >= 1, "threads", threads, "at least 1")
         require(path in PATHS, "path", path, f"one of {', '.join(PATHS)}")
         out = x.new_empty(len(x), self.columns)
         if len(x):
@@ -152,6 +157,12 @@ class PackedMatrix:
         return whole.view(self.columns, -1)
 
 
+def packed_bytes(columns: int, length: int, group: int, bits: int, minimum: bool) -> int:
+    """What a packed matrix takes: bits/8 a weight and 2 or 4 bytes a group, of whole panels and whole groups."""
+    inner = -(-length // group) * group
+    return _native.Packed(0, columns, inner, group, bits, minimum, 0, 0).bytes
+
+
 def pack(
     values: torch.Tensor,
     scales: torch.Tensor,
@@ -177,13 +188,17 @@ def pack(
             require(part.dtype == torch.float16, name, part.dtype, "torch.float16")
             right = f"[{columns}, groups], as many as scales"
             require(part.shape == (columns, scales.shape[1]), name, tuple(part.shape), right)
+    require(scales.shape[1] >= 1, "scales", tuple(scales.shape), "[columns, groups], at least one group")
     group = inner // scales.shape[1]
     require(bits in (4, 8), "bits", bits, "4 or 8")
+    require(bits == 8 or not values.numel() or int(values.max()) < 16, "values", "16 or more", "from 0 to 15")
     require(
         group % 32 == 0 and group * scales.shape[1] == inner, "scales", tuple(scales.shape), "groups of 32, 64, ..."
     )
     require(minima is None or bits == 4, "minima", "given", "for 4 bits alone")
-    packed = _empty(columns, length or inner, group, bits, minima is not None)
+    real = inner if length is None else length
+    require(0 < real <= inner and inner - real < group, "length", length, f"at most {inner}, less than a group below")
+    packed = _empty(columns, real, group, bits, minima is not None)
     # Copies, where there are any, must outlive the call.
     whole = [part if part is None else part.contiguous() for part in (values, scales, minima)]
     _native.pack(packed.native, *(0 if part is None else part.data_ptr() for part in whole))
@@ -229,10 +244,7 @@ def concatenate(parts: list[PackedMatrix]) -> PackedMatrix:
 def _empty(columns: int, length: int, group: int, bits: int, minimum: bool) -> PackedMatrix:
     import torch
 
-    inner = -(-length // group) * group
-    panels = -(-columns // PANEL)
-    numbers = 0 if bits == 16 else PANEL * 2 * (2 if minimum else 1)
-    size = panels * (inner // group) * (numbers + group * PANEL * bits // 8)
+    size = packed_bytes(columns, length, group, bits, minimum)
     room = torch.empty(size + 64, dtype=torch.uint8)
     start = -room.data_ptr() % 64
     return PackedMatrix(room[start : start + size], columns, length, group, bits, minimum)

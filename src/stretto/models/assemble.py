@@ -12,6 +12,7 @@ import torch
 
 from stretto.core.errors import UserError
 from stretto.models.linear import linear_map
+from stretto.models.packable import unexpected_bias
 from stretto.models.quantized import PackedTensor
 from stretto.models.rope import rope_frequencies
 from stretto.models.shard import Shard
@@ -68,7 +69,11 @@ def build(
     Raises:
         UserError: a tensor is missing or misshapen, or the model has not enough KV heads for the ranks.
     """
+    strange = unexpected_bias(spec, weights)
+    if strange is not None:
+        raise UserError(f"has {strange}, which its configuration does not mention", file=weights.file)
     builder = _Builder(spec, weights, dtype, shard, product or folded(dtype))
+    builder.norm(f"model.layers.{spec.layers - 1}.input_layernorm.weight")  # as many layers as are claimed
     # Layers are independent, so each thread packs its own: no barrier inside an operation, none lost to a
     # busy neighbour.
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -163,8 +168,6 @@ class _Builder:
     def bias(self, at: str) -> torch.Tensor | None:
         if self.spec.qkv_bias:
             return self.qkv(at, "bias", ())
-        if f"{at}self_attn.q_proj.bias" in self.weights:
-            raise UserError("has biased projections its configuration does not mention", file=self.weights.file)
         return None
 
     def qk_norm(self, at: str) -> torch.Tensor:

@@ -43,6 +43,12 @@ class _Fields:
         shown = "is missing" if value is None else f"is {str(value)[:60]!r}"
         return UserError(shown, file=self.file, field=name, right=f"it must be {right}")
 
+    def scaling(self, **values: Any) -> RopeScaling:
+        try:
+            return RopeScaling(**values)
+        except FieldError as error:
+            raise self.wrong(f"rope_scaling.{error.field}", error.value, error.right) from None
+
     def spec(self, **values: Any) -> ModelSpec:
         try:
             return ModelSpec(**values)
@@ -140,9 +146,9 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
         return theta, None
     inner = _Fields(rope, fields.file)
     if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=inner.number("factor"))
+        return theta, fields.scaling(kind="linear", factor=inner.number("factor"))
     if kind == "llama3":
-        return theta, RopeScaling(
+        return theta, fields.scaling(
             kind="llama3",
             factor=inner.number("factor"),
             low_frequency=inner.number("low_freq_factor"),
@@ -183,6 +189,6 @@ def spec_from_gguf(
         qk_norm=family == "qwen3",
         norm_eps=fields.number(f"{family}.attention.layer_norm_rms_epsilon"),
         rope_theta=fields.number(f"{family}.rope.freq_base", 10000.0),
-        rope_scaling=RopeScaling(kind="linear", factor=factor) if kind == "linear" else None,
+        rope_scaling=fields.scaling(kind="linear", factor=factor) if kind == "linear" else None,
         max_positions=fields.count(f"{family}.context_length"),
     )

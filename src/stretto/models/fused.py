@@ -20,7 +20,7 @@ from stretto.core.errors import UserError
 from stretto.kernels import _native
 from stretto.kernels.levels import BEST_LEVEL
 from stretto.kernels.packed import PackedMatrix, Path, concatenate, pack, pack_gguf, pack_numbers
-from stretto.models.kv_cache import KVCache
+from stretto.models.kv_cache import KVCache, require_cache_of
 from stretto.models.kv_packed import Cache, PackedKVCache
 from stretto.models.packable import packing, why_not_fused
 from stretto.models.quantized import BlockTensor, GroupedTensor, PackedTensor
@@ -112,6 +112,7 @@ class FusedDecoder:
 
     def _lay_out(self, tokens: Ints, segments: Sequence[Segment], cache: Cache) -> _Layout:
         check_segments(segments, cache)
+        require_cache_of(cache, self.spec, self.dtype)
         layout = _lay_out(tokens, segments, cache)
         if len(tokens) != len(layout.lengths):
             raise ValueError(f"tokens has {len(tokens)} rows; the segments have {len(layout.lengths)}")
@@ -198,7 +199,7 @@ def _lay_out(tokens: Ints, segments: Sequence[Segment], cache: Cache) -> _Layout
         tables[first:last, :pages] = segment.pages[:pages]
         wanted.extend(range(last - segment.logit_rows, last))
     return _Layout(
-        tokens=np.ascontiguousarray(tokens),
+        tokens=np.ascontiguousarray(tokens, np.int64),
         lengths=lengths,
         tables=tables,
         wanted=np.asarray(wanted, np.int64),
@@ -219,7 +220,7 @@ class _Parts:
         self.norm = weights.tensor("model.norm.weight", (spec.hidden,))
         if spec.tied_embeddings:
             self.table: PackedMatrix | None = self.head
-        elif packing(weights.sources[name]) is not None:
+        elif packing(weights.sources.get(name)) is not None:
             self.table = self._matrix(name, spec.vocab, spec.hidden)
         else:
             self.table = None
@@ -273,7 +274,9 @@ class _Parts:
 
     def _matrix(self, name: str, columns: int, inner: int) -> PackedMatrix:
         source = self.weights.sources.get(name)
-        assert isinstance(source, (PackedTensor, StoredTensor))
+        if not isinstance(source, (PackedTensor, StoredTensor)):
+            self.weights.tensor(name, (columns, inner))  # says what is wrong with it
+            raise UserError(f"tensor {name} cannot stay packed", file=self.weights.file, right="path: torch")
         if tuple(source.shape) != (columns, inner):
             shape = tuple(source.shape)
             raise UserError(

@@ -96,10 +96,16 @@ def _matrix(name: str, plain: Mapping[str, Read], schemes: list[_Scheme], file: 
     if scales.ndim != 2 or len(scales) != rows:
         raise wrong(f"has scales of shape {tuple(scales.shape)}", f"expected [{rows}, groups]")
     groups = scales.shape[1]
-    for scheme in schemes:
-        size = scheme.group or length
-        if tuple(words.shape) == (rows, -(-length * scheme.bits // 32)) and groups == -(-length // size):
-            return _checked(name, plain, scheme, (rows, length), wrong)
+
+    def fits(scheme: _Scheme) -> bool:
+        words_of_row, size = -(-length * scheme.bits // 32), scheme.group or length
+        return tuple(words.shape) == (rows, words_of_row) and groups == -(-length // size)
+
+    fitting = [scheme for scheme in schemes if fits(scheme)]
+    if fitting:
+        asymmetric = name + _ZEROS in plain
+        chosen = next((scheme for scheme in fitting if scheme.symmetric != asymmetric), fitting[0])
+        return _checked(name, plain, chosen, (rows, length), wrong)
     raise wrong(
         f"has words of shape {tuple(words.shape)} and {groups} groups, which no scheme of the config explains",
         "the file does not fit its configuration",
@@ -126,6 +132,7 @@ def _checked(
         if str(packed.dtype) != "torch.int32" or tuple(packed.shape) != expected:
             raise wrong(f"has zero points of {packed.dtype} and shape {tuple(packed.shape)}; int32 {expected} expected")
         parts.append(zeros)
-    group = scheme.group or -(-length // 32) * 32
+    row = -(-length // 32) * 32
+    group = min(scheme.group or row, row)
     size = sum(part().nbytes for part in parts)
     return GroupedTensor(shape, scheme.bits, group, size, plain[name + _PACKED], scales, zeros)

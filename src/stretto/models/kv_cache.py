@@ -73,6 +73,13 @@ class KVCache:
         return table[positions // self.page_tokens], positions % self.page_tokens
 
 
+def require_cache_of(cache: Any, spec: ModelSpec, dtype: torch.dtype) -> None:
+    """`ValueError` unless a cache has this model's layers, KV heads and type: its memory is written without a look."""
+    shapes = [(held.layers, held.kv_heads, held.head_dim) for held in (cache.spec, spec)]
+    if shapes[0] != shapes[1] or cache.dtype != dtype:
+        raise ValueError("the cache is of another model or type; make one by new_cache")
+
+
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros from the operating system: not touched yet, and never NaN where attention masks them."""
     import torch

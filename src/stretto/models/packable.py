@@ -19,6 +19,9 @@ def why_not_fused(spec: ModelSpec, weights: Weights) -> str | None:
         return f"there is no attention kernel for heads of {spec.head_dim}"
     if spec.ffn % PANEL or spec.q_width % PANEL or spec.kv_width % PANEL:
         return f"its widths are not multiples of {PANEL}"
+    strange = unexpected_bias(spec, weights)
+    if strange is not None:
+        return f"its configuration does not mention {strange}"
     kinds: dict[str, set[str]] = {}
     for name, source in weights.sources.items():
         if not name.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight")):
@@ -33,6 +36,13 @@ def why_not_fused(spec: ModelSpec, weights: Weights) -> str | None:
             kinds.setdefault(group, set()).add(kind)
     mixed = [group for group, names in kinds.items() if len(names) > 1]
     return f"{mixed[0]} mixes formats" if mixed else None
+
+
+def unexpected_bias(spec: ModelSpec, weights: Weights) -> str | None:
+    """A bias that a model of this shape does not have, if there is one."""
+    known = "qkv" if spec.qkv_bias else ""
+    biases = (name for name in weights.sources if name.endswith("_proj.bias"))
+    return next((name for name in biases if not any(f".{each}_proj." in name for each in known)), None)
 
 
 def packing(source: object) -> str | None:

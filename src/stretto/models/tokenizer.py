@@ -258,7 +258,7 @@ _BYTE_OF = _byte_letters()
 
 def _gguf_backend(metadata: Mapping[str, Any], file: str) -> tokenizers.Tokenizer:
     kind, rule = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or rule not in _SPLITS:
+    if kind != "gpt2" or not isinstance(rule, str) or rule not in _SPLITS:
         what, field = (kind, "model") if kind != "gpt2" else (rule, "pre")
         known = "gpt2" if kind != "gpt2" else ", ".join(_SPLITS)
         raise UserError(
@@ -339,7 +339,10 @@ def _token_id(backend: tokenizers.Tokenizer, token: object) -> int | None:
 def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     beside = folder / "chat_template.jinja"
     if beside.is_file():
-        return beside.read_text(encoding="utf-8")
+        try:
+            return beside.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UserError(f"cannot be read: {problem}", file=str(beside), right="a UTF-8 text file") from None
     template = config.get("chat_template")
     return template if isinstance(template, str) else None
 

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from stretto.kernels.attention import HEAD_DIMS, decode_attention, decode_attention_reference
 from stretto.kernels.elementwise import gated_silu, rotate, scatter
 from stretto.models.batching import Decode, PassPlan, Prefill, plan_pass
-from stretto.models.kv_cache import KVCache
+from stretto.models.kv_cache import KVCache, require_cache_of
 from stretto.models.segment import Segment
 from stretto.models.shard import Shard
 from stretto.models.spec import ModelSpec
@@ -99,6 +99,7 @@ class Transformer:
             ValueError: rows, lengths or pages do not fit together.
             RuntimeError: another rank is gone or silent.
         """
+        require_cache_of(cache, self._part, self.dtype)
         plan = plan_pass(segments, cache)
         if len(tokens) != len(plan.positions):
             raise ValueError(f"tokens has {len(tokens)} rows; the segments have {len(plan.positions)}")

@@ -41,7 +41,8 @@ class ServeDomain:
         fused = plan.path != "torch"
         peak = max(device.peak_flops.values()) if fused else device.peak(plan.dtype)
         held = work.packed_bytes if fused else work.spec.weight_bytes(plan.dtype)
-        weights = held / (device.bandwidth * BEYOND_PEAK)
+        fast = max([device.bandwidth, *(cache.bandwidth or 0.0 for cache in device.caches if cache.bytes >= held)])
+        weights = held / (fast * BEYOND_PEAK)
         flops = 2.0 * work.spec.parameters() / (peak * BEYOND_PEAK)
         length, count = job.assumed_new_tokens, len(work.prompts)
         if job.objective == "latency":

@@ -21,17 +21,15 @@ class Limits:
     Attributes:
         memory_gb: most memory, in units of 1e9 bytes, for weights and KV pages.
         threads: most CPU threads.
-        first_token_s: longest predicted time to the first token of any request.
         seconds: the run is ended after this long, with what is done.
     """
 
     memory_gb: float | None = None
     threads: int | None = None
-    first_token_s: float | None = None
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("memory_gb", "first_token_s", "seconds"):
+        for name in ("memory_gb", "seconds"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "> 0")
         require(self.threads is None or self.threads >= 1, "threads", self.threads, ">= 1")

@@ -156,10 +156,11 @@ def _types(job: ServeJob, work: Workload, device: Device) -> Iterator[tuple[str,
 def _threads(job: ServeJob, device: Device) -> list[int]:
     if job.threads is not None:
         return [job.threads]
-    counts = {1, device.units} if device.kind == "cpu" else {1}
-    if device.kind == "cpu" and device.units > 4:
-        counts.add(device.units // 2)
-    return sorted(counts)
+    if device.kind != "cpu":
+        return [1]
+    most = max(1, min(device.units, job.limits.threads or device.units) // job.instances)
+    halves = most > 4 or (most > 1 and job.prefill != "mixed")  # of two lanes each has a half
+    return sorted({1, most} | ({most // 2} if halves else set()))
 
 
 def _slots(job: ServeJob) -> list[int]:
@@ -208,7 +209,7 @@ def check(job: ServeJob, plan: ServePlan, work: Workload, cluster: Cluster) -> R
     if job.limits.threads is not None and plan.cores > job.limits.threads:
         return Refusal(
             reason=f"{plan.cores} threads, limits.threads is {job.limits.threads}",
-            nearest=f"threads: {job.limits.threads}",
+            nearest=f"threads: {max(1, job.limits.threads * plan.threads // plan.cores)}",
         )
     if plan.prefill == "lanes" and (refusal := _check_lanes(plan, device)) is not None:
         return refusal
@@ -217,6 +218,9 @@ def check(job: ServeJob, plan: ServePlan, work: Workload, cluster: Cluster) -> R
     if plan.dtype not in device.peak_flops:
         able = " or ".join(dtype for dtype in DTYPES if dtype in device.peak_flops)
         return Refusal(reason=f"{device.name} has no {plan.dtype} arithmetic", nearest=f"dtype: {able}")
+    if "fp32" not in device.peak_flops:
+        reason = f"{device.name} has no peak of fp32, in which norms and sums are computed"
+        return Refusal(reason=reason, nearest="a peak_flops of fp32 in the cluster file")
     return _check_memory(job, plan, work, device)
 
 

@@ -9,6 +9,7 @@ every prediction wrong alike.
 from __future__ import annotations
 
 import time
+from hashlib import sha256
 from pathlib import Path
 
 from stretto.core.plan import Progress
@@ -42,13 +43,14 @@ def prepare(job: ServeJob, work: Workload, cluster: Cluster, progress: Progress)
     able = [c for c in choices.candidates(job, work, cluster) if choices.check(job, c, work, cluster) is None]
     models: dict[tuple[str, str], Model] = {}
     for device, dtype, path, threads in sorted({(c.device, c.dtype, c.path, c.threads) for c in able}):
-        tables = _tables(job, cluster, dtype, path, threads, models, progress)
+        tables = _tables(job, work, cluster, dtype, path, threads, models, progress)
         cluster = cluster.with_measured(device, tables)
     return cluster
 
 
 def _tables(
     job: ServeJob,
+    work: Workload,
     cluster: Cluster,
     dtype: str,
     path: str,
@@ -57,7 +59,7 @@ def _tables(
     progress: Progress,
 ) -> Tables:
     """Tables of one type and number of threads, from the cache if they still hold."""
-    file = _file(job, cluster, dtype if path == "torch" else f"{dtype}-{path}", threads)
+    file = _file(job, work, cluster, dtype if path == "torch" else f"{dtype}-{path}", threads)
     cached = read_tables(file)
     if cached is not None and time.time() - file.stat().st_mtime < FRESH_S:
         return cached
@@ -77,9 +79,9 @@ def _holds(model: Model, tables: Tables, threads: int) -> bool:
     return abs(model_calibration.pace(model, tables, threads=threads) - 1.0) < model_calibration.TOLERANCE
 
 
-def _file(job: ServeJob, cluster: Cluster, dtype: str, threads: int) -> Path:
+def _file(job: ServeJob, work: Workload, cluster: Cluster, dtype: str, threads: int) -> Path:
+    """Filed under what the model is, too: its name may mean another one tomorrow."""
     draw = "greedy" if job.sampling.greedy else f"top{job.sampling.top_k}"
-    name = "".join(
-        c if c.isalnum() or c in "-_." else "_" for c in f"{job.model}-{dtype}-{threads}-{draw}-{BEST_LEVEL}"
-    )
+    model = f"{job.model}-{sha256(f'{work.spec} {work.packed_bytes}'.encode()).hexdigest()[:16]}"
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{model}-{dtype}-{threads}-{draw}-{BEST_LEVEL}")
     return cache_folder() / f"serve-{_FORMAT}-{cluster.fingerprint()}" / f"{name[-120:]}.json"

@@ -130,9 +130,9 @@ async def _submit(
     handles = []
     ends = frozenset() if job.ignore_eos else frozenset(model.tokenizer.eos_ids)
     for i, (prompt, arrival) in enumerate(zip(work.prompts, work.arrivals_s, strict=True)):
-        while arrival > clock.now and not ctx.cancelled():
+        while arrival > clock.now and not _is_over(clock, job, ctx):
             await clock.sleep(min(0.05, arrival - clock.now))
-        if ctx.cancelled():
+        if _is_over(clock, job, ctx):
             break
         sampling = dataclasses.replace(job.sampling, seed=job.sampling.seed + ctx.seed + i)
         request = Request(id=i, prompt=prompt, limit=work.limit, sampling=sampling, stop_tokens=ends, stop=job.stop)
@@ -144,11 +144,14 @@ async def _watch(engine: Instances, clock: RealClock, job: ServeJob, ctx: Contex
     """Show progress; cancel everything on Ctrl-C or when the job's time is up."""
     count = len(job.prompts)
     while True:
-        out_of_time = job.limits.seconds is not None and clock.now > job.limits.seconds
-        if ctx.cancelled() or out_of_time:
+        if _is_over(clock, job, ctx):
             engine.cancel_all()
         ctx.progress("answers", engine.finished, count)
         await clock.sleep(0.1)
+
+
+def _is_over(clock: RealClock, job: ServeJob, ctx: Context) -> bool:
+    return ctx.cancelled() or (job.limits.seconds is not None and clock.now > job.limits.seconds)
 
 
 def run(plan: Plan[ServeJob, ServePlan], work: Workload, forecast: Prediction, ctx: Context) -> Result:

@@ -9,6 +9,7 @@ cancellation hold for all of them.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
@@ -204,6 +205,11 @@ class _Run:
 
         return step
 
+    def _key(self, what: str, number: int) -> str:
+        """A node's name in the durable log, which another question must not find."""
+        asked = hashlib.blake2b(self._question.encode("utf-8", "replace"), digest_size=8).hexdigest()
+        return f"{what} {number} of {asked}"
+
     def _ask(self) -> None:
         """Add the nodes of the next plan."""
         compiler, number = self._compiler, len(self._rounds)
@@ -233,14 +239,14 @@ class _Run:
             live.finish(text)
             self._notes = tuple(live.parser.notes)
             after = list(live.tasks.nodes.values())
-            self._graph.add(self._step(gather), after=after, terms=_BOOKKEEPING, key=f"gather {number}")
+            self._graph.add(self._step(gather), after=after, terms=_BOOKKEEPING, key=self._key("gather", number))
 
         async def gather(*outcomes: Any) -> None:
             self._judge(Round(tasks=live.tasks.executed(self._graph.outcomes), notes=self._notes))
 
         terms = Terms(kind="plan", bound=compiler.planner.bound(prompt))
-        node = self._graph.add(plan, terms=terms, key=f"plan {number}")
-        self._graph.add(self._step(unfold), after=[node], terms=_BOOKKEEPING, key=f"unfold {number}")
+        node = self._graph.add(plan, terms=terms, key=self._key("plan", number))
+        self._graph.add(self._step(unfold), after=[node], terms=_BOOKKEEPING, key=self._key("unfold", number))
 
     def _judge(self, done: Round) -> None:
         """Add the nodes of the verdict on a round."""
@@ -271,8 +277,8 @@ class _Run:
             self._graph.close()
 
         bound = joiner.bound(prompt) if isinstance(joiner, Model) else 0.0
-        node = self._graph.add(join, terms=Terms(kind="join", bound=bound), key=f"join {number}")
-        self._graph.add(self._step(turn), after=[node], terms=_BOOKKEEPING, key=f"turn {number}")
+        node = self._graph.add(join, terms=Terms(kind="join", bound=bound), key=self._key("join", number))
+        self._graph.add(self._step(turn), after=[node], terms=_BOOKKEEPING, key=self._key("turn", number))
 
 
 @dataclass(slots=True)

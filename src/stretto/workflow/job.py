@@ -128,11 +128,14 @@ class WorkflowJob:
         require(self.budget is None or 0 <= self.budget <= 1e9, "budget", self.budget, "in 0 .. 1e9, or left out")
         require(self.deadline_s is None or self.deadline_s > 0, "deadline_s", self.deadline_s, "> 0 seconds")
         require(self.max_parallel is None or self.max_parallel >= 1, "max_parallel", self.max_parallel, "at least 1")
-        above: set[str] = set()
+        above, names = set[str](), {step.name for step in self.steps}
         for place, step in enumerate(self.steps):
             require(step.name not in above, f"steps.{place}.name", step.name, "a name that no other step has")
             for before in step.after:
                 require(before in above, f"steps.{place}.after", before, "the name of a step above")
+            for used in step.used:
+                right = "of a step above, whose result is there by then"
+                require(used in above or used not in names, f"steps.{place}.args", f"{{{used}}}", right)
             above.add(step.name)
 
 
@@ -159,6 +162,8 @@ def amount(text: str | float) -> float:
     match = _QUANTITY.fullmatch(str(text))
     if match is None:
         raise FieldError("budget", text, "a number, with a currency or without: 0.30 USD")
+    if match.group(2) and len(match.group(2)) != 3:
+        raise FieldError("budget", text, "a number with the code of its currency, or without: 0.30 USD")
     return float(match.group(1))
 
 

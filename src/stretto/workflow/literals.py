@@ -143,10 +143,12 @@ class Reader:
         if len(text) > 400:
             raise self._error("a number of more than 400 digits")
         self._at = match.end()
-        try:
-            return int(text)
-        except ValueError:
-            return float(text)
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        raise self._error(f"{text[:40]} is no number")
 
     def _reference(self) -> Reference:
         match = _REFERENCE.match(self._text, self._at)

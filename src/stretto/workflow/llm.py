@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import httpx
 
 MOST_LINE_CHARACTERS = 2**18
+_MOST_SAID = 500  # bytes of what an endpoint says when it refuses
 _STOPS = {"plan": [END_OF_PLAN], "step": ["\nObservation:"]}
 
 
@@ -72,15 +73,20 @@ class Endpoint(Model):
                 client.stream("POST", self._url, json=self._body(prompt), headers=headers) as response,
             ):
                 if response.status_code != 200:
-                    text = (await response.aread())[:500].decode("utf-8", "replace")
+                    said = b""
+                    async for piece in response.aiter_bytes():
+                        said += piece
+                        if len(said) >= _MOST_SAID:
+                            break
+                    text = said[:_MOST_SAID].decode("utf-8", "replace")
                     raise EndpointError(f"{self._url} answered {response.status_code}: {text}")
                 async for event in _events(response):
                     told = event.get("usage")
                     if isinstance(told, dict):
                         counted.prompt_tokens = int(told.get("prompt_tokens", counted.prompt_tokens))
                         counted.completion_tokens = int(told.get("completion_tokens", counted.completion_tokens))
-                    elif piece := _piece(event):
-                        counted.completion_tokens += 1
+                    if piece := _piece(event):
+                        counted.completion_tokens += not isinstance(told, dict)
                         yield piece
         except httpx.HTTPError as problem:
             raise EndpointError(f"{self._url}: {type(problem).__name__} {problem}".strip()) from None

@@ -86,7 +86,8 @@ def _tool(client: Client, one: McpTool, options: Mapping[str, Any]) -> Tool:
 
     description = " ".join((one.description or "").split())[:MOST_DESCRIPTION_CHARACTERS]
     name = re.sub(r"\W", "_", one.name)
-    return Tool(name=name, description=description, function=call, parameters=parameters, **options)
+    reads = bool(getattr(one.annotations, "read_only_hint", False))
+    return Tool(name=name, description=description, function=call, parameters=parameters, **{"pure": reads, **options})
 
 
 def _parameters(schema: Mapping[str, Any]) -> tuple[Parameter, ...]:

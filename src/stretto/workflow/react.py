@@ -20,7 +20,9 @@ from stretto.workflow.parse import PlannedTask, parse_plan
 from stretto.workflow.tasks import Tasks
 from stretto.workflow.tool import Tool, tools_by_name
 
-_CALL = re.compile(r"^[ \t]*Action[ \t]*:[ \t]*(?!Finish\b)(\w+[ \t]?\(.*\))[ \t]*$", re.MULTILINE | re.IGNORECASE)
+_CALL = re.compile(
+    r"^[ \t]*Action[ \t]*:[ \t]*(?!(?:Finish|join)\b)(\w+[ \t]?\(.*\))[ \t]*$", re.MULTILINE | re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,7 +220,7 @@ def problem_of(job: WorkflowJob, tools: Mapping[str, Tool]) -> tuple[str, str] |
         if step.tool == "ask":
             if step.args.keys() != {"source", "prompt"}:
                 return f"step {step.name} gives ask {', '.join(step.args) or 'nothing'}", "give it source and prompt"
-            if step.args["source"] not in job.sources:
+            if not isinstance(step.args["source"], str) or step.args["source"] not in job.sources:
                 known = ", ".join(job.sources) or "none: add it under `sources`"
                 return (
                     f"step {step.name} asks {step.args['source']!r}, and there is no such source",

@@ -52,10 +52,10 @@ class Tasks:
             self._watch(self._planned[node], outcome)
 
     def add(self, task: PlannedTask, nodes: Mapping[int, int], keys: Mapping[int, str]) -> tuple[int, str]:
-        """A node for `task`, after the nodes of the tasks it refers to; returns it with its name in the durable log.
+        """A node for `task`, after the nodes of the tasks it refers to; returns it with its name.
 
         The name is made of the call and of the names of what it refers to, so that it is the same in a later run
-        whatever else the plan then holds.
+        whatever else the plan then holds. The durable log knows the node by it, and repeats by their number beside it.
         """
         call = repr((filled(list(task.args), keys), sorted(filled(dict(task.kwargs), keys).items())))
         key = f"{task.tool}:{hashlib.blake2b(call.encode('utf-8', 'replace'), digest_size=16).hexdigest()}"
@@ -63,11 +63,12 @@ class Tasks:
         if task.problem is not None or tool is None:
             node = self._graph.add(_refuse(task), terms=_REFUSED, key=f"refused {key}")
         else:
-            if not tool.pure:
-                self._same[key] += 1
-                key = f"{key}#{self._same[key]}"
+            self._same[key] += 1
+            numbered = f"{key}#{self._same[key]}"
+            logged = key if tool.pure and self._same[key] == 1 else numbered  # attempts of equal calls are told apart
+            key = key if tool.pure else numbered
             after = [nodes[before] for before in task.after]
-            node = self._graph.add(self._call(task, tool), after=after, terms=tool.terms, key=key)
+            node = self._graph.add(self._call(task, tool), after=after, terms=tool.terms, key=logged)
         self._planned[node] = task
         at_once = self._graph.outcomes[node]
         if isinstance(at_once, Failure):

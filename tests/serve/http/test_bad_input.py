@@ -17,6 +17,7 @@ from .conftest import Running, running, until
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 JSON = {"Content-Type": "application/json"}
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 USER = [{"role": "user", "content": "ab"}]
 
 
@@ -228,10 +229,10 @@ def raw(server: Running, data: bytes) -> bytes:
     [
         b"\x00\x01\x02\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999999\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\nContent-Type: application/json\r\n\r\n{",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        POST + b"Content-Length: -1\r\n\r\n",
+        POST + b"Content-Length: 99999999999999999999999\r\n\r\n",
+        POST + b"Content-Length: 10\r\nContent-Type: application/json\r\n\r\n{",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
         b"GET /%ff%00%0d%0a HTTP/1.1\r\nHost: localhost\r\n\r\n",
     ],
@@ -244,7 +245,7 @@ def test_broken_http_breaks_nothing(server: Running, data: bytes) -> None:
 
 def test_a_body_that_never_comes(chat_model: Model) -> None:
     with running(chat_model, body_seconds=0.2) as server:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n"
+        head = POST + b"Content-Type: application/json\r\nContent-Length: 10\r\n\r\n"
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
             sock.sendall(head)
             assert b" 400 " in sock.recv(65536).split(b"\r\n")[0]

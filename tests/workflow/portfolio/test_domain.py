@@ -55,8 +55,11 @@ def test_a_file_is_a_job(tmp_path: Path) -> None:
         ({"levels": [4, 1]}, ["levels", "ascending"]),
         ({"steps": []}, ["nodes", "1 to 64"]),
         ({"steps": [{"name": "a", "after": ["a"], "models": {"m": QUICK}}]}, ["a -> a", "free of cycles"]),
-        ({"steps": [{"name": "a", "after": ["x"], "models": {"m": QUICK}}]}, ["'x' is none"]),
-        ({"steps": [{"name": "a", "models": {}}]}, ["laws.a", "at least one model"]),
+        (
+            {"steps": [{"name": "a", "after": ["x"], "models": {"m": QUICK}}]},
+            ["steps.0.after", "'x'", "name of a step"],
+        ),
+        ({"steps": [{"name": "a", "models": {}}]}, ["steps.0.models", "at least one model"]),
         ({"steps": [{"name": "a", "models": {"m": {**QUICK, "success": 2.0}}}]}, ["steps.0.models.m.success", "2.0"]),
         ({"steps": [{"name": "a", "models": {"m": {**QUICK, "tokens": -5}}}]}, ["steps.0.models.m.tokens", "-5"]),
         ({"steps": [{"name": "a", "models": {"m": {**QUICK, "speed": 1}}}]}, ["speed"]),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stretto.core.errors import UserError
@@ -57,9 +58,9 @@ def write_checkpoint(
         raise UserError(
             "has rotary divisors, which config.json cannot express", file=weights.file, right="use the original folder"
         )
-    parent = folder.absolute().parent
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
+    temporary = None
     try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
         tensors = _tensors(spec, weights, quantised)
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         config = {**config_of(spec), "quantization_config": quantisation_config(recipe, spec)}
@@ -68,12 +69,14 @@ def write_checkpoint(
         _write_json(temporary / "generation_config.json", _ends(tokenizer))
         temporary.chmod(0o755)
         os.rename(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot be written: {error.strerror or error}", file=str(folder), field="out", right="give another place"
+            f"cannot be written: {why}", file=str(folder), field="out", right="give another place"
         ) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def stored(name: str, matrix: Quantised) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ the estimates: a rehearsal of the very lines that run real models.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable
 from itertools import product
 
@@ -51,7 +52,7 @@ class PortfolioDomain:
         }
         count = max(1, plan.count)
         least = count * sum(min(law.bound for law in each) for each in laws.values())
-        if least > job.budget:
+        if least > job.budget and not math.isclose(least, job.budget, rel_tol=1e-12):  # sums of tenths
             samples = "one sample" if count == 1 else f"{count} samples"
             reason = f"{samples} of each step may cost {least:.4g} USD, more than {job.budget:.4g} USD"
             return Refusal(reason=reason, nearest=f"budget: {least:.4g}")

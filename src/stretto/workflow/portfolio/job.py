@@ -83,6 +83,12 @@ class PortfolioJob:
         check_levels(self.levels)
         for model, price in self.prices.items():
             require(0 <= price < math.inf, f"prices.{model}", price, "a finite number >= 0")
+        names = [step.name for step in self.steps]
+        for at, step in enumerate(self.steps):
+            require(step.name not in names[:at], f"steps.{at}.name", step.name, "a name that no other step has")
+            require(bool(step.models), f"steps.{at}.models", {}, "at least one model")
+            for parent in step.after:
+                require(parent in names, f"steps.{at}.after", parent, "the name of a step")
         assert self.problem
 
     @cached_property

@@ -1,0 +1,84 @@
+"""Files: numbers as people write them, mistakes at their place, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import stretto
+from stretto.cli.app import progress_bar
+from stretto.core.errors import UserError
+from stretto.core.eventlog import EventLog
+from stretto.files import parse_yaml, write_text
+from stretto.hardware.table_files import write_tables
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("25e9", 25e9), ("3.12e14", 3.12e14), ("-2E3", -2e3), (".5e1", 5.0), ("1.5", 1.5), ("7", 7)],
+)
+def test_numbers_with_exponents_are_numbers(text: str, value: float) -> None:
+    assert parse_yaml(f"x: {text}", "f").data == {"x": value}
+    assert parse_yaml("x: e5\ny: 1e\nz: 1.2.3e4", "f").data == {"x": "e5", "y": "1e", "z": "1.2.3e4"}
+
+
+@pytest.mark.parametrize("text", ["x: !!bool maybe", "x: !!int one", "[" * 3000])
+def test_what_is_no_plain_value_is_told(text: str) -> None:
+    with pytest.raises(UserError, match=r"^job\.yaml"):
+        parse_yaml(text, "job.yaml")
+
+
+def test_fields_are_told_where_they_are(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("kind: serve\nprompts: [a]\nlimits: {memory: 4}\n")
+    with pytest.raises(UserError, match=r"job.yaml:3: limits.memory: there is no such field; remove it"):
+        stretto.load(job)
+    job.write_text("kind: serve\nprompts: [a]\nmodell: x\n")
+    with pytest.raises(
+        UserError, match=r"job.yaml:3: modell: there is no such field; known here: kind, model, prompts"
+    ):
+        stretto.load(job)
+
+
+def test_files_are_written_whole_and_pipes_straight(tmp_path: Path) -> None:
+    file, pipe = tmp_path / "plan.yaml", tmp_path / "pipe"
+    old = os.umask(0o027)
+    try:
+        write_text(file, "a")
+    finally:
+        os.umask(old)
+    assert file.read_text() == "a"
+    assert file.stat().st_mode & 0o777 == 0o640
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_text(pipe, "b")
+    reader.join(10)
+    assert read == ["b"]
+    assert pipe.is_fifo()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["pipe", "plan.yaml"]
+
+
+def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="the event log cannot be written"):
+        EventLog().save(tmp_path / "none" / "log")
+    with pytest.raises(UserError, match=r"the measurement cannot be kept: .*XDG_CACHE_HOME"):
+        write_tables(tmp_path / "file" / "tables.json", {})
+    with pytest.raises(UserError, match="the folder cannot be made or written"):
+        stretto.write_report([], tmp_path / "file", title="x")
+
+
+def test_a_bar_of_unknown_length_is_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar(quiet=False) as progress:
+        progress("starting workers", 0, 0)
+        progress("requests", 3, 7)
+        progress("starting workers", 1, 0)
+    assert "starting workers" in capsys.readouterr().err
