@@ -17,7 +17,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from stretto.hardware import _native
 from stretto.hardware.cluster import Cluster, Devices, Node
 from stretto.hardware.device import Cache, Device
 from stretto.hardware.table import Table
+from stretto.hardware.table_files import keep
 
 Progress = Callable[[str, float, float], None]
 
@@ -59,7 +59,7 @@ def probe(*, again: bool = False, progress: Progress | None = None) -> Cluster:
     if cached is not None:
         return cached
     cluster = _measure(progress or (lambda what, done, total: None))
-    _write(file, cluster)
+    keep(file, yaml.safe_dump(cluster.to_dict(), sort_keys=False))
     return cluster
 
 
@@ -122,18 +122,6 @@ def _from_dict(plain: Mapping[str, Any]) -> Cluster:
         fields[name] = {key: Table.from_dict(table) for key, table in fields.get(name, {}).items()}
     fields["caches"] = tuple(Cache(**cache) for cache in fields.get("caches", ()))
     return _cluster(plain["name"], Device(**fields))
-
-
-def _write(file: Path, cluster: Cluster) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(yaml.safe_dump(cluster.to_dict(), sort_keys=False), encoding="utf-8")
-        temporary.replace(file)
-    except OSError as problem:
-        with suppress(OSError):
-            temporary.unlink()
-        right = "set XDG_CACHE_HOME to a folder that may be written"
-        raise UserError(f"the measurement cannot be kept: {problem}", file=str(file), right=right) from None
 
 
 def _cluster(name: str, device: Device) -> Cluster:

@@ -29,7 +29,12 @@ def read_tables(file: Path, *, fresh_s: float | None = None) -> dict[str, Table]
 
 
 def write_tables(file: Path, tables: Mapping[str, Table]) -> None:
-    """Write `tables`, whole or not at all; several processes may write one file.
+    """Write `tables` as `keep` does."""
+    keep(file, json.dumps({name: table.to_dict() for name, table in tables.items()}))
+
+
+def keep(file: Path, text: str) -> None:
+    """Write what was measured, whole or not at all; several processes may write one file.
 
     Raises:
         UserError: the folder or the file cannot be written.
@@ -37,7 +42,7 @@ def write_tables(file: Path, tables: Mapping[str, Table]) -> None:
     temporary = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({name: table.to_dict() for name, table in tables.items()}), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     except OSError as problem:
         with suppress(OSError):
