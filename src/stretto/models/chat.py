@@ -160,7 +160,10 @@ def _sum(node: nodes.Node) -> nodes.Node:
     if not isinstance(node, nodes.Concat):
         return node
     texts = [_filtered(each, "string") for each in node.nodes]
-    return functools.reduce(lambda a, b: nodes.Add(a, b, lineno=node.lineno, environment=node.environment), texts)
+    total: nodes.Node = functools.reduce(
+        lambda a, b: nodes.Add(a, b, lineno=node.lineno, environment=node.environment), texts
+    )
+    return total
 
 
 def _filtered(value: Any, name: str) -> Any:
