@@ -222,10 +222,12 @@ def test_react_calls_one_tool_a_step_and_sends_the_whole_transcript() -> None:
     assert [span.key.phase for span in answer.trace] == ["step", "search", "step", "search", "step"]
 
 
-def test_react_takes_join_for_no_call() -> None:
+def test_react_is_told_that_join_is_no_call() -> None:
     model = wf.Called(lambda prompt: "Thought: done.\nAction: join()")
     answer = wf.ReAct(model=model, tools=[search], max_steps=3).run("?")
-    assert answer.failure is None or "no answer" in answer.failure
+    assert answer.text is None
+    assert answer.failure == "no answer after 3 steps"
+    assert ["join() is no tool" in str(done.tasks[0].outcome) for done in answer.rounds] == [True] * 3
 
 
 def test_react_gives_up_after_its_steps_and_survives_bad_calls() -> None:

@@ -208,6 +208,7 @@ def _weak(places: int, batch: int) -> Callable[[bool], Figure]:
     setting="sequences of 512, heads 64 wide; RSA's attention, forward and backward, counted",
     constants={"bytes": "counted while this package's operators run"},
     tolerance=0.1,
+    doubtful=True,
 )
 def weak_scaling_memory(quick: bool) -> Figure:
     two, eight = (attention_counts("rsa", places, _LENGTH, batch=places, width=64)[2] for places in (2, 8))

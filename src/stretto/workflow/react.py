@@ -20,9 +20,7 @@ from stretto.workflow.parse import PlannedTask, parse_plan
 from stretto.workflow.tasks import Tasks
 from stretto.workflow.tool import Tool, tools_by_name
 
-_CALL = re.compile(
-    r"^[ \t]*Action[ \t]*:[ \t]*(?!(?:Finish|join)\b)(\w+[ \t]?\(.*\))[ \t]*$", re.MULTILINE | re.IGNORECASE
-)
+_CALL = re.compile(r"^[ \t]*Action[ \t]*:[ \t]*(?!Finish\b)(\w+[ \t]?\(.*\))[ \t]*$", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,5 +78,9 @@ class ReAct:
         )
 
     def _task(self, number: int, said: str, call: str) -> PlannedTask:
-        task = parse_plan(f"{number}. {call}", self.by_name).tasks[0]
-        return replace(task, thought=said.partition("Thought:")[2].strip())
+        thought = said.partition("Thought:")[2].strip()
+        tasks = parse_plan(f"{number}. {call}", self.by_name).tasks
+        if not tasks:  # the end of a plan, which a step has none of
+            problem = f"{call} is no tool; call one, or finish"
+            return PlannedTask(number=number, tool="join", thought=thought, line=1, text=call, problem=problem)
+        return replace(tasks[0], thought=thought)
