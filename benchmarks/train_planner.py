@@ -2,11 +2,11 @@
 
 Each plan that can run is trained for some steps, and its median step, after the first two (in which its memory comes to
 lie as it stays), and the most bytes of its tensors (counted on the fullest rank of each stage) are laid beside what was
-predicted. Plans are trained a few at a time; their pieces are timed before and after, and a prediction is the mean of
-both. A machine's pace changes meanwhile, so the pick and those that looked fastest are trained again in turn, and it is
-these runs that the pick is judged by. Goals: the pick is within 5 % of the fastest plan; a step is within 15 % of its
-prediction; bytes are within 5 % of the counted, and never more than 2 % below. The null model of a step is the mean of
-all plans.
+predicted. Plans are trained a few at a time; their pieces are timed between, and a prediction is the mean of the one
+just before and the one just after. A machine's pace changes meanwhile, so the pick and those that looked fastest are
+trained again in turn, and it is these runs that the pick is judged by. Goals: the pick is within 5 % of the fastest
+plan; a step is within 15 % of its prediction; bytes are within 5 % of the counted, and never more than 2 % below. The
+null model of a step is the mean of all plans.
 
 Usage: python benchmarks/train_planner.py [--json] [--quick] [--job FILE]
 """
@@ -34,7 +34,7 @@ from stretto.train.prepare import bench_of, prepare
 from stretto.train.run import run
 
 STEPS, WARM = 6, 2
-_FEW, _FASTEST, _ROUNDS = 6, 3, 3
+_FEW, _FASTEST, _ROUNDS = 3, 3, 3
 _QUICK = 10
 """So many plans are trained with --quick: the best ones, and some of the others."""
 GOAL_PICK, GOAL_STEP, GOAL_BYTES, GOAL_BELOW = 1.05, 0.15, 0.05, 0.02
@@ -63,10 +63,9 @@ def measure(quick: bool) -> list[harness.Row]:
         weighed = weighed[:first] + weighed[first :: max(1, len(weighed) // (_QUICK - first))]
     spec = spec_of(job)
     by_bench = sorted(weighed, key=lambda plan: bench_of(job, spec, plan))
-    seen = []
+    seen: list[Seen] = []
     for _, same in groupby(by_bench, key=lambda plan: bench_of(job, spec, plan)):
-        for few in batched(same, _FEW):
-            seen += _seen(job, spec, few, ranking.best)
+        seen += _seen(job, spec, list(same), ranking.best)
     pick = next(each for each in seen if each.plan == ranking.best.choices)
     fastest = sorted(seen, key=lambda each: each.measured_s)[: 2 if quick else _FASTEST]
     finalists = [pick, *(each for each in fastest if each is not pick)]
@@ -87,21 +86,23 @@ def batched(plans: Iterable[TrainPlan], size: int) -> Iterator[list[TrainPlan]]:
 def _seen(
     job: TrainJob, spec: ModelSpec, plans: Sequence[TrainPlan], best: Plan[TrainJob, TrainPlan]
 ) -> Iterator[Seen]:
-    """Train each plan, and time the pieces of all of them just before and just after."""
+    """Train plans of one bench, a few at a time, and time the pieces of all of them before, between and after."""
 
     def timed() -> Cluster:
         return prepare(job, spec, plans, best.cluster, lambda what, done, total: None, again=True)
 
     before = timed()
-    trained = [_trained(job, spec, plan, replace(best, cluster=before)) for plan in plans]
-    after = timed()
-    for plan, (seconds, errors) in zip(plans, trained, strict=True):
-        said = [predict(job, plan, spec, cluster).metrics["step"].value.value for cluster in (before, after)]
-        found = Seen(plan, statistics.fmean(said), seconds, (min(errors), max(errors)))
-        off = " and ".join(f"{each / seconds - 1:+.1%}" for each in said)
-        told = f"{plan}: {seconds:.2f} s, predicted {off} (before and after)"
-        print(f"{told}, bytes {min(errors):+.1%} {max(errors):+.1%}", file=sys.stderr, flush=True)
-        yield found
+    for few in batched(plans, _FEW):
+        trained = [_trained(job, spec, plan, replace(best, cluster=before)) for plan in few]
+        after = timed()
+        for plan, (seconds, errors) in zip(few, trained, strict=True):
+            said = [predict(job, plan, spec, cluster).metrics["step"].value.value for cluster in (before, after)]
+            found = Seen(plan, statistics.fmean(said), seconds, (min(errors), max(errors)))
+            off = " and ".join(f"{each / seconds - 1:+.1%}" for each in said)
+            told = f"{plan}: {seconds:.2f} s, predicted {off} (before and after)"
+            print(f"{told}, bytes {min(errors):+.1%} {max(errors):+.1%}", file=sys.stderr, flush=True)
+            yield found
+        before = after
 
 
 def _trained(
