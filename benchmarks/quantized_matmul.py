@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 os.environ.setdefault("OMP_PROC_BIND", "true")
 os.environ.setdefault("OMP_PLACES", "cores")
@@ -85,19 +85,20 @@ def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def ours(weight: torch.Tensor, threads: int) -> Iterator[Contender]:
-    packed: dict[int, list[PackedMatrix]] = {}
+    packed: dict[tuple[int, bool], list[PackedMatrix]] = {}
     for name, (path, group) in OURS.items():
-        if group not in packed:
+        key = (group, path == "bf16")  # whose weights are on a grid, as the fused decoder has them
+        if key not in packed:
             values, scales, _ = round_to_nearest(weight, group, 4)
             matrix = pack(values, scales, bits=4)
-            packed[group] = [
-                PackedMatrix(data, matrix.columns, matrix.length, group, 4, False) for data in copies_of(matrix.data)
-            ]
+            if path == "bf16":
+                matrix = matrix.on_grid()
+            packed[key] = [replace(matrix, data=data) for data in copies_of(matrix.data)]
 
-        def run(copy: int, x: torch.Tensor, path: Path = path, group: int = group) -> torch.Tensor:
-            return packed[group][copy].multiply(x, path=path, threads=threads)
+        def run(copy: int, x: torch.Tensor, path: Path = path, key: tuple[int, bool] = key) -> torch.Tensor:
+            return packed[key][copy].multiply(x, path=path, threads=threads)
 
-        yield Contender(name, len(packed[group]), torch.float32, run)
+        yield Contender(name, len(packed[key]), torch.float32, run)
 
 
 def plain(weight: torch.Tensor, name: str, dtype: torch.dtype) -> Contender:

@@ -25,6 +25,11 @@ template <int SUM, int A, int B>
 inline void multiply_bytes() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
 }
+// The same, B with signs as well.
+template <int SUM, int A, int B>
+inline void multiply_signed() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
+}
 // SUM += A times B, both bf16, into fp32.
 template <int SUM, int A, int B>
 inline void multiply_bf16() {

@@ -33,7 +33,6 @@ using namespace stretto;
 
 namespace {
 
-constexpr int64_t kRowBlock = 64;  // rows of a product at once: their activations stay in a core's own cache
 constexpr int kStretches = 11;     // of a layer
 constexpr int kPlacing = 2;        // the one after which attention begins, with the packing of pages
 constexpr int kMixing = 4;         // the one with which it ends
@@ -227,7 +226,7 @@ class Decoder {
         void walk(int thread, int threads) override {
             const Shape &s = shape();
             std::vector<float> room(static_cast<size_t>(std::max(s.hidden, q_width())));
-            std::vector<float> gates(static_cast<size_t>(2 * std::min(rows, kRowBlock) * kWide));
+            std::vector<float> gates(static_cast<size_t>(2 * std::min(rows, products->grid_rows) * kWide));
             float *normed = room.data();
             Stretch *stretch = stretches;
             const int64_t runs = static_cast<int64_t>(neighbours.size()) - 1;
@@ -291,8 +290,9 @@ class Decoder {
         void multiply(const Packed &w, int64_t count, int64_t chunk, float *out, int64_t stride, bool add) {
             const Rows made = ready_for(w, count);
             const int64_t first = chunk * kChunk, last = std::min(first + kChunk, w.panels());
-            for (int64_t r = 0; r < count; r += kRowBlock) {
-                products->multiply(made.from(r, std::min(kRowBlock, count - r)), w, first, last, out + r * stride, stride, add);
+            const int64_t block = products->row_block(w);
+            for (int64_t r = 0; r < count; r += block) {
+                products->multiply(made.from(r, std::min(block, count - r)), w, first, last, out + r * stride, stride, add);
             }
         }
 
@@ -393,8 +393,9 @@ class Decoder {
             const int64_t first = std::min(chunk * kChunk, panels), last = std::min(first + kChunk, panels);
             if (first == last) return;
             const Rows made = ready_for(layer.gate_up, rows);
-            for (int64_t r = 0; r < rows; r += kRowBlock) {
-                const Rows some = made.from(r, std::min(kRowBlock, rows - r));
+            const int64_t block = products->row_block(layer.gate_up);
+            for (int64_t r = 0; r < rows; r += block) {
+                const Rows some = made.from(r, std::min(block, rows - r));
                 for (int64_t half = 0; half < 2; half++) {
                     const Packed columns = layer.gate_up.from(half * panels + first);
                     products->multiply(some, columns, 0, last - first, gates + half * kWide, 2 * kWide, false);

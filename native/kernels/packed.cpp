@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "narrow.hpp"
+#include "packed_grid.hpp"
 #include "packed_rows.hpp"
 
 namespace stretto {
@@ -25,6 +26,7 @@ void prepare_parts(const Rows &rows, int64_t r, const float *x, int64_t length) 
 }
 
 void prepare_plain(const Rows &rows, int64_t r, const float *x, int64_t length) {
+    if (rows.grid) return prepare_grid_plain(rows, r, x, length);
     x = sorted(rows, x, length);
     if (!rows.whole) return prepare_parts(rows, r, x, length);
     float *numbers = rows.numbers(r);
@@ -86,6 +88,7 @@ float together(const int32_t (&sum)[3], int planes) {
 }
 
 void multiply_plain(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
+    if (rows.grid) return multiply_grid_plain(rows, w, first, last, out, stride, add);
     if (w.bits == 16) return multiply_numbers_plain(rows, w, first, last, out, stride, add);
     for (int64_t panel = first; panel < last; panel++) {
         const int64_t width = std::min<int64_t>(kPanel, w.columns - panel * kPanel);

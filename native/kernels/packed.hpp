@@ -30,6 +30,9 @@ struct Packed {
     // null: 127 everywhere.
     const int32_t *order = nullptr;
     const uint8_t *steps = nullptr;
+    // One grid for a whole column, of weights of 4 bits: d and m are whole numbers of 16 bits, a weight is
+    // units[column] * (d * (q - 8) + m), and there is a unit for every lane of every panel. Null: d and m are fp16. See packed_grid.hpp.
+    const float *units = nullptr;
 
     int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
     int64_t groups() const { return inner / group; }
@@ -42,6 +45,7 @@ struct Packed {
         Packed rest = *this;
         rest.data += panel * panel_bytes();
         rest.columns -= panel * kPanel;
+        if (units) rest.units += panel * kPanel;
         return rest;
     }
 };
@@ -71,6 +75,7 @@ enum class Path {
 struct Rows {
     static constexpr int kTall = 16;
 
+    bool grid;    // on one grid a row, to meet weights of that kind; see packed_grid.hpp
     bool whole;   // whole numbers, else bf16
     int planes;   // of a row
     int twelves;  // digits of 12 bits in place of planes, or 0
@@ -83,9 +88,10 @@ struct Rows {
 
     // `tiles_from`: from how many rows on they are made for tiles.
     Rows(Path path, int64_t count, const Packed &w, int64_t tiles_from)
-        : whole(w.bits != 16),
+        : grid(w.units != nullptr),
+          whole(w.bits != 16),
           planes(path == Path::exact ? 3 : path == Path::bf16 && whole ? 2 : 1),
-          twelves(w.bits == 4 && planes > 1 && count >= tiles_from ? planes - 1 : 0),
+          twelves(!grid && w.bits == 4 && planes > 1 && count >= tiles_from ? planes - 1 : 0),
           count(count),
           inner(w.inner),
           group(w.group),
@@ -95,7 +101,7 @@ struct Rows {
 
     int64_t groups() const { return inner / group; }
     int64_t stride() const { return lines(inner * (twelves ? 2 * twelves : planes * (whole ? 1 : 2))); }  // bytes from row to row of a block
-    int64_t block_bytes() const { return tall * stride() + (whole ? lines(groups() * 2 * tall * 4) : 0); }
+    int64_t block_bytes() const { return grid ? tall * grid_row_bytes(inner) : tall * stride() + (whole ? lines(groups() * 2 * tall * 4) : 0); }
     // With room behind the last numbers, so that a whole block of them can be read from anywhere.
     int64_t bytes() const { return count ? (count + tall - 1) / tall * block_bytes() + kTall * 4 : 0; }
 
@@ -104,26 +110,34 @@ struct Rows {
         if (planes == 2) return 2047.0f;
         return steps ? float(steps[g]) : 127.0f;
     }
-    uint8_t *values(int64_t r) const { return data + r / tall * block_bytes() + r % tall * stride(); }
+    uint8_t *block(int64_t r) const { return data + r / kTall * block_bytes(); }  // fewer than kTall rows are one block
+    uint8_t *values(int64_t r) const { return block(r) + r % kTall * stride(); }
     const int8_t *bytes_of(int64_t r) const { return reinterpret_cast<const int8_t *>(values(r)); }
     const uint16_t *halves_of(int64_t r) const { return reinterpret_cast<const uint16_t *>(values(r)); }
     // Where a row's numbers begin: the scale of group g is number 2 g tall, the sum number (2 g + 1) tall.
     float *numbers(int64_t r) const {
-        return reinterpret_cast<float *>(data + r / tall * block_bytes() + tall * stride()) + r % tall;
+        return reinterpret_cast<float *>(block(r) + tall * stride()) + r % kTall;
     }
     // Rows from `first` on, which must begin a block.
     Rows from(int64_t first, int64_t rows) const {
         Rows some = *this;
         some.count = rows;
-        some.data = values(first);
+        some.data = block(first);
         return some;
+    }
+
+    // Of a row on a grid: both digits of each element, and its numbers; see packed_grid.hpp.
+    static int64_t grid_row_bytes(int64_t inner) { return (inner + 63) / 64 * 64 * 2 + grid_numbers_bytes(inner); }
+    static int64_t grid_numbers_bytes(int64_t inner) {
+        const int64_t steps = (inner + 63) / 64;
+        return lines(steps * 2 * 4 * 4 + 4);
     }
 
   private:
     static int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 };
 
-// A column as fp32: `length` numbers, of which the first `inner` may be asked for.
+// A column as fp32: `length` numbers, of which the first `inner` may be asked for; not of a matrix on grids.
 void unpack_column(const Packed &w, int64_t column, float *out, int64_t length);
 
 struct Kernels {
@@ -132,6 +146,10 @@ struct Kernels {
     // out[r][c] (+)= row r . column c for all rows and the columns of panels [first, last); `out` has `stride` floats a row.
     void (*multiply)(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add);
     int64_t tiles_from = std::numeric_limits<int64_t>::max();  // see Rows
+    int64_t grid_rows = 64;  // see row_block
+
+    // Rows of a product at once: their activations stay in a core's own cache.
+    int64_t row_block(const Packed &w) const { return w.units ? grid_rows : 64; }
 };
 
 // The kernels of a level: "amx", "avx512bf16" (which needs AVX-512 BF16 and VNNI), or "plain" for any machine.

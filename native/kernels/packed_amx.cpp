@@ -17,8 +17,6 @@ namespace stretto {
 
 namespace {
 
-#define STRETTO_INLINE_BF16 __attribute__((target(STRETTO_AVX512_BF16), always_inline))
-
 constexpr int64_t kFewest = 8, kFewestBytes = 16;  // rows below which vectors are as fast; with weights of 8 bits
 
 // Tiles by their numbers: the sums of up to three planes, rows, weights.
@@ -212,6 +210,7 @@ STRETTO_TARGET_BF16 void multiply_sums(const Rows &rows, const Packed &w, int64_
 }
 
 STRETTO_TARGET_BF16 void multiply_amx(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
+    if (rows.grid) return multiply_grid_amx(rows, w, first, last, out, stride, add);
     if (rows.twelves == 2) return multiply_sums<2, true>(rows, w, first, last, out, stride, add);
     if (rows.twelves == 1) return multiply_sums<1, true>(rows, w, first, last, out, stride, add);
     if (!rows.whole || rows.count < (w.bits == 8 ? kFewestBytes : kFewest)) return kPackedAvx512.multiply(rows, w, first, last, out, stride, add);
@@ -224,7 +223,7 @@ STRETTO_TARGET_BF16 void multiply_amx(const Rows &rows, const Packed &w, int64_t
 
 // Rows are made ready as on the AVX-512 level, which also makes those for tiles.
 const Kernels kPackedAmx{[](const Rows &rows, int64_t r, const float *x, int64_t length) { kPackedAvx512.prepare(rows, r, x, length); },
-                         multiply_amx, kFewest};
+                         multiply_amx, kFewest, 256};
 
 }  // namespace stretto
 #endif

@@ -14,13 +14,6 @@ namespace stretto {
 
 namespace {
 
-// Bytes of weights that are asked for ahead of their use: of each of four panels at once as many as the nearest cache can wait for; of
-// one or two, which would leave the memory idle, further away and into the cache behind it.
-template <int C>
-constexpr int kAhead = C == 4 ? 1536 : 16384;
-template <int C>
-constexpr _mm_hint kWhere = C == 4 ? _MM_HINT_T0 : _MM_HINT_T1;
-
 STRETTO_TARGET_BF16 inline Lanes widened(__m256i halves) {
     return reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
@@ -73,6 +66,7 @@ STRETTO_TARGET_BF16 __m512i widened(__m512i wide, __m512i sum) {
 
 // Whole numbers come out as in prepare_plain.
 STRETTO_TARGET_BF16 void prepare_avx512(const Rows &rows, int64_t r, const float *x, int64_t length) {
+    if (rows.grid) return prepare_grid_avx512(rows, r, x, length);
     x = sorted(rows, x, length);
     if (!rows.whole) return prepare_parts(rows, r, x, length);
     float *numbers = rows.numbers(r);
@@ -110,14 +104,6 @@ STRETTO_TARGET_BF16 void prepare_avx512(const Rows &rows, int64_t r, const float
         numbers[(2 * g + 1) * rows.tall] = of.scale * float(_mm512_reduce_add_epi64(widened(wide, sum)));
     }
 }
-
-// Some panels of weights, and where their columns' results go.
-struct Columns {
-    const uint8_t *panels[4];
-    float *out;
-    int64_t stride, width;
-    bool add;
-};
 
 // R rows from `first` on by C panels, activations in PLANES bytes an element: whole numbers inside a group.
 template <int R, int C, int BITS, bool MINIMUM, int PLANES>
@@ -215,37 +201,21 @@ STRETTO_TARGET_BF16 void tile_planes(const Rows &rows, int64_t first, const Pack
     return tile_bytes<R, C, BITS, MINIMUM, 1>(rows, first, w, columns);
 }
 
-template <int R, int C>
-STRETTO_TARGET_BF16 void tile(const Rows &rows, int64_t first, const Packed &w, const Columns &columns) {
-    if (w.bits == 8) return tile_planes<R, C, 8, false>(rows, first, w, columns);
-    if (w.bits == 4) {
-        return w.minimum ? tile_planes<R, C, 4, true>(rows, first, w, columns) : tile_planes<R, C, 4, false>(rows, first, w, columns);
+struct Tiles {
+    template <int R, int C>
+    STRETTO_TARGET_BF16 static void run(const Rows &rows, int64_t first, const Packed &w, const Columns &columns) {
+        if (w.bits == 8) return tile_planes<R, C, 8, false>(rows, first, w, columns);
+        if (w.bits == 4) {
+            return w.minimum ? tile_planes<R, C, 4, true>(rows, first, w, columns) : tile_planes<R, C, 4, false>(rows, first, w, columns);
+        }
+        return rows.planes == 3 ? tile_numbers<R, C, 3>(rows, first, w, columns) : tile_numbers<R, C, 1>(rows, first, w, columns);
     }
-    return rows.planes == 3 ? tile_numbers<R, C, 3>(rows, first, w, columns) : tile_numbers<R, C, 1>(rows, first, w, columns);
-}
+};
 
-// A block of rows at once, so that weights are unpacked once for it; for few rows, several panels, so that enough sums are under way.
 STRETTO_TARGET_BF16 void multiply_avx512(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride,
                                          bool add) {
-    const int64_t tallest = rows.planes == 3 ? 6 : 8;
-    for (int64_t panel = first, wide; panel < last; panel += wide) {
-        wide = rows.count == 1 && last - panel >= 4 ? 4 : rows.count < 4 && last - panel >= 2 ? 2 : 1;
-        Columns columns{{}, out + panel * kPanel, stride, std::min<int64_t>(wide * kPanel, w.columns - panel * kPanel), add};
-        for (int c = 0; c < wide; c++) columns.panels[c] = w.data + (panel + c) * w.panel_bytes();
-        for (int64_t r = 0, tall; r < rows.count; r += tall) {
-            const int64_t rest = rows.count - r;
-            tall = wide == 4 ? 1 : wide == 2 ? std::min<int64_t>(2, rest) : rest >= tallest ? tallest : rest >= 4 ? 4 : std::min<int64_t>(2, rest);
-            if (wide == 1 && tallest == 6 && rest == 8) tall = 4;
-            const auto run = tall == 8   ? tile<8, 1>
-                             : tall == 6 ? tile<6, 1>
-                             : tall == 4 ? tile<4, 1>
-                             : tall == 2 ? (wide == 2 ? tile<2, 2> : tile<2, 1>)
-                             : wide == 4 ? tile<1, 4>
-                             : wide == 2 ? tile<1, 2>
-                                         : tile<1, 1>;
-            run(rows, r, w, columns);
-        }
-    }
+    if (rows.grid) return multiply_grid_avx512(rows, w, first, last, out, stride, add);
+    multiply_blocks<Tiles>(rows, rows.planes == 3 ? 6 : 8, w, first, last, out, stride, add);
 }
 
 }  // namespace

@@ -9,15 +9,13 @@
 
 #include "buffer.hpp"
 #include "kv_pages.hpp"
-#include "packed.hpp"
+#include "packed_grid.hpp"
 #include "team.hpp"
 
 namespace nb = nanobind;
 using namespace stretto;
 
 namespace {
-
-constexpr int64_t kRowBlock = 64;  // rows of a product at once: their activations stay in a core's own cache
 
 // Packs q [columns, inner] (uint8; 8-bit values with 128 added), scales and minima [columns, groups] (fp16) into panels.
 void pack(const Packed &w, uintptr_t q, uintptr_t scales, uintptr_t minima) {
@@ -96,10 +94,11 @@ void packed_multiply(const std::string &level, const std::string &path, int thre
     const float *from = reinterpret_cast<const float *>(x);
     share(threads, rows, [&](int64_t r) { kernels.prepare(ready, r, from + r * length, length); });
     share(threads, threads, [&](int64_t part) {
+        const int64_t block = kernels.row_block(w);
         const int64_t first = w.panels() * part / threads, last = w.panels() * (part + 1) / threads;
-        for (int64_t r = 0; r < rows; r += kRowBlock) {
+        for (int64_t r = 0; r < rows; r += block) {
             float *to = reinterpret_cast<float *>(out) + r * w.columns;
-            kernels.multiply(ready.from(r, std::min(kRowBlock, rows - r)), w, first, last, to, w.columns, false);
+            kernels.multiply(ready.from(r, std::min(block, rows - r)), w, first, last, to, w.columns, false);
         }
     });
 }
@@ -110,7 +109,7 @@ void bind_packing(nb::module_ &m) {
     nb::class_<Packed>(m, "Packed")
         .def("__init__",
              [](Packed *p, uintptr_t data, int64_t columns, int64_t inner, int group, int bits, bool minimum, uintptr_t order,
-                uintptr_t steps) {
+                uintptr_t steps, uintptr_t units) {
                  new (p) Packed{reinterpret_cast<const uint8_t *>(data),
                                 columns,
                                 inner,
@@ -118,10 +117,12 @@ void bind_packing(nb::module_ &m) {
                                 bits,
                                 minimum,
                                 reinterpret_cast<const int32_t *>(order),
-                                reinterpret_cast<const uint8_t *>(steps)};
+                                reinterpret_cast<const uint8_t *>(steps),
+                                reinterpret_cast<const float *>(units)};
              })
         .def_prop_ro("bytes", &Packed::bytes);
     m.def("pack", &pack);
+    m.def("put_on_grid", [](const Packed &w, uintptr_t units) { put_on_grid(w, reinterpret_cast<float *>(units)); });
     m.def("pack_numbers", &pack_numbers);
     m.def("pack_gguf", &pack_gguf);
     m.def("pack_page", [](uintptr_t from, int64_t dim, bool keys, uintptr_t to) {

@@ -9,7 +9,7 @@ from tests.mutants.test_mutants import Mutant, assert_green, assert_killed
 pytestmark = pytest.mark.slow
 
 TESTS = {
-    "kernels/packed.py": ("packed", "quant_linear"),
+    "kernels/packed.py": ("packed", "packed_grid", "quant_linear"),
     "kernels/linear.py": ("quant_linear",),
     "kernels/ops.py": ("ops",),
     "kernels/stripes.py": ("stripes",),
@@ -51,6 +51,36 @@ MUTANTS = [
         "kernels/packed.py",
         "return whole[:, : self.length]",
         "return whole[:, -self.length :]",
+    ),
+    Mutant(
+        "the middle of a grid is that of 8 bits",
+        "kernels/packed.py",
+        "whole = (grouped - 8) * scale + (0 if",
+        "whole = (grouped - 7) * scale + (0 if",
+    ),
+    Mutant(
+        "a grid's minima are left out",
+        "kernels/packed.py",
+        "(0 if minima is None else minima.float()[..., None])",
+        "0",
+    ),
+    Mutant(
+        "a column has its neighbour's unit",
+        "kernels/packed.py",
+        "whole *= self.units[: self.columns, None, None]",
+        "whole *= self.units[: self.columns, None, None].roll(1, 0)",
+    ),
+    Mutant(
+        "a grid is put over the matrix it was made of",
+        "kernels/packed.py",
+        "_native.put_on_grid(made.native, units.data_ptr())",
+        "_native.put_on_grid(self.native, units.data_ptr())",
+    ),
+    Mutant(
+        "a matrix on a grid takes any path",
+        "kernels/packed.py",
+        'require(self.units is None or path == "bf16"',
+        "require(True",
     ),
     Mutant("scales are an eighth of the largest weight", "kernels/linear.py", "(8, 15, 7.5)", "(8, 15, 8.0)"),
     Mutant("weights are cut, not rounded", "kernels/linear.py", ".round_().add_(middle)", ".floor_().add_(middle)"),

@@ -60,7 +60,7 @@ def test_a_failure_is_an_observation_and_others_finish(on_error: str) -> None:
     assert first[5] == "raised: there is no tool nosuch; there is broken, endless, use"
     assert "takes 1 arguments, 2 are given" in first[7]
     if on_error == "skip":
-        assert first[1] == "skipped: node 2 failed"
+        assert first[1] == "skipped: task 1 failed"
         assert [text.partition(":")[0] for text in (first[4], first[6])] == ["skipped", "skipped"]
     else:
         assert first[1] == "used raised: ValueError: it's broken"

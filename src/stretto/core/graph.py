@@ -115,6 +115,7 @@ class Graph:
         self._watch = watch
         self._calls: list[Call | None] = []
         self._after: list[Sequence[int]] = []
+        self._names: dict[int, str] = {}
         self._keys: list[str] = []
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._lanes: dict[str, _Lanes] = {}
@@ -127,12 +128,21 @@ class Graph:
 
     # What callers do.
 
-    def add(self, call: Call, *, after: Sequence[int] = (), terms: Terms = PLAIN, key: str | None = None) -> int:
+    def add(
+        self,
+        call: Call,
+        *,
+        after: Sequence[int] = (),
+        terms: Terms = PLAIN,
+        key: str | None = None,
+        name: str | None = None,
+    ) -> int:
         """Add a node; returns its number.
 
         Args:
             call: called with the values of `after`, in that order (and before them, for `keyed` terms, a key).
             key: the node's name in the durable log, which is to be the same in the next run; its number if left out.
+            name: what the failures of nodes that are skipped for it call it; "node" and its number if left out.
 
         Raises:
             ValueError: if the graph is closed, or a node of `after` does not exist.
@@ -148,6 +158,8 @@ class Graph:
         self.outcomes.append(None)
         self._calls.append(call)
         self._after.append(after)
+        if name is not None:
+            self._names[node] = name
         if log is not None:
             self._keys.append(key or "")
         if self._end is not None:
@@ -234,7 +246,7 @@ class Graph:
                 task.add_done_callback(partial(self._never_began, node))
                 task.cancel()
         for node, why, cause in decision.ended:
-            message = f"node {cause} failed" if cause >= 0 else ""
+            message = f"{self._names.get(cause, f'node {cause}')} failed" if cause >= 0 else ""
             self._close(node, Failure(why=why, message=message, cause=cause if cause >= 0 else node))
 
     def _due(self, node: int) -> None:

@@ -34,12 +34,22 @@ def scatter(
 
 class Packed:
     def __init__(
-        self, data: int, columns: int, inner: int, group: int, bits: int, minimum: bool, order: int, steps: int
+        self,
+        data: int,
+        columns: int,
+        inner: int,
+        group: int,
+        bits: int,
+        minimum: bool,
+        order: int,
+        steps: int,
+        units: int,
     ) -> None: ...
     @property
     def bytes(self) -> int: ...
 
 def pack(packed: Packed, values: int, scales: int, minima: int) -> None: ...
+def put_on_grid(packed: Packed, units: int) -> None: ...
 def pack_numbers(packed: Packed, values: int) -> None: ...
 def pack_page(source: int, dim: int, keys: bool, to: int) -> None: ...
 def pack_gguf(packed: Packed, blocks: int) -> None: ...

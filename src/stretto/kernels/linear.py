@@ -114,10 +114,8 @@ class QuantLinear(nn.Module):
     def from_packed(
         cls, matrix: PackedMatrix, *, bias: torch.Tensor | None = None, path: Path = "exact"
     ) -> QuantLinear:
-        """A layer with a packed matrix for its weight; its bytes are copied. Not for mixed precision."""
-        require(
-            matrix.order is None, "matrix", "sorted for mixed precision", "one whose elements are in their own order"
-        )
+        """A layer with a packed matrix for its weight; its bytes are copied. Not for one that is sorted or on a grid."""
+        require(matrix.plain, "matrix", "sorted or on a grid", "one as it was packed")
         layer = cls(
             matrix.length,
             matrix.columns,

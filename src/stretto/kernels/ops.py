@@ -37,6 +37,7 @@ def packed_matmul(x: torch.Tensor, matrix: PackedMatrix, *, path: Path = "exact"
         ValueError: naming the argument that is wrong.
         UserError: when a gradient is asked for.
     """
+    require(matrix.plain, "matrix", "sorted or on a grid", "one as it was packed")
     found: torch.Tensor = torch.ops.stretto.packed_matmul(
         x, matrix.data, matrix.columns, matrix.length, matrix.group, matrix.bits, matrix.minimum, path
     )

@@ -211,9 +211,10 @@ def _lay_out(tokens: Ints, segments: Sequence[Segment], cache: Cache) -> _Layout
 class _Parts:
     """The packed matrices, the norms and the embedding of a model."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, path: Path) -> None:
         self.spec = spec
         self.weights = weights
+        self._on_grid = path == "bf16"
         self.layers = [self._layer(index) for index in range(spec.layers)]
         name = "model.embed_tokens.weight"
         self.head = self._matrix(name if spec.tied_embeddings else "lm_head.weight", spec.vocab, spec.hidden)
@@ -255,11 +256,14 @@ class _Parts:
         widths = {"q": spec.q_width, "k": spec.kv_width, "v": spec.kv_width}
         qkv = [self._matrix(f"{at}self_attn.{n}_proj.weight", width, spec.hidden) for n, width in widths.items()]
         gates = [self._matrix(f"{at}mlp.{n}_proj.weight", spec.ffn, spec.hidden) for n in ("gate", "up")]
-        matrices = (
-            concatenate(qkv),
-            self._matrix(at + "self_attn.o_proj.weight", spec.hidden, spec.q_width),
-            concatenate(gates),
-            self._matrix(at + "mlp.down_proj.weight", spec.hidden, spec.ffn),
+        matrices = tuple(
+            each.on_grid() if self._on_grid and each.bits == 4 else each
+            for each in (
+                concatenate(qkv),
+                self._matrix(at + "self_attn.o_proj.weight", spec.hidden, spec.q_width),
+                concatenate(gates),
+                self._matrix(at + "mlp.down_proj.weight", spec.hidden, spec.ffn),
+            )
         )
         bias = qk_norm = None
         if spec.qkv_bias:
@@ -319,4 +323,4 @@ def build_fused(
     if reason is not None:
         raise UserError(f"cannot run by the fused decoder: {reason}", file=weights.file, right="leave out the path")
     torch.set_num_threads(threads)
-    return FusedDecoder(spec, _Parts(spec, weights), path=path, dtype=dtype, threads=threads, kv=kv)
+    return FusedDecoder(spec, _Parts(spec, weights, path), path=path, dtype=dtype, threads=threads, kv=kv)

@@ -33,7 +33,7 @@ class ServePlan:
         dtype: type of the KV cache, and of the products of path "torch"; "int4", for the other paths, keeps pages of 64
             positions in 4 bits.
         path: how passes are computed: "torch" operation by operation; or by the fused decoder on weights that stay
-            packed, with activations "exact" (24 bits), "bf16" (12 bits) or "fast" (8 bits).
+            packed, with activations "exact" (24 bits), "bf16" (16 bits) or "fast" (8 bits).
         threads: CPU threads of the passes; with two lanes, of those of each.
         slots: most requests that run at once.
         joining: who joins the running batch, and when; the name of a policy in `serve.joining`.

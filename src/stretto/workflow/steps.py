@@ -101,7 +101,9 @@ class Steps:
             before = step.before(nodes)
             terms = self._terms(step)
             call = self._call(step, before)
-            nodes[step.name] = self.graph.add(call, after=[nodes[one] for one in before], terms=terms, key=step.name)
+            nodes[step.name] = self.graph.add(
+                call, after=[nodes[one] for one in before], terms=terms, key=step.name, name=step.name
+            )
         self.graph.close()
         try:
             outcomes = await self.graph.run()

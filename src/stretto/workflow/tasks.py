@@ -59,16 +59,16 @@ class Tasks:
         """
         call = repr((filled(list(task.args), keys), sorted(filled(dict(task.kwargs), keys).items())))
         key = f"{task.tool}:{hashlib.blake2b(call.encode('utf-8', 'replace'), digest_size=16).hexdigest()}"
-        tool = self._tools.get(task.tool)
+        tool, name = self._tools.get(task.tool), f"task {task.number}"
         if task.problem is not None or tool is None:
-            node = self._graph.add(_refuse(task), terms=_REFUSED, key=f"refused {key}")
+            node = self._graph.add(_refuse(task), terms=_REFUSED, key=f"refused {key}", name=name)
         else:
             self._same[key] += 1
             numbered = f"{key}#{self._same[key]}"
             logged = key if tool.pure and self._same[key] == 1 else numbered  # attempts of equal calls are told apart
             key = key if tool.pure else numbered
             after = [nodes[before] for before in task.after]
-            node = self._graph.add(self._call(task, tool), after=after, terms=tool.terms, key=logged)
+            node = self._graph.add(self._call(task, tool), after=after, terms=tool.terms, key=logged, name=name)
         self._planned[node] = task
         at_once = self._graph.outcomes[node]
         if isinstance(at_once, Failure):
