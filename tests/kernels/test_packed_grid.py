@@ -14,7 +14,7 @@ from stretto.kernels.packed import PackedMatrix, concatenate, pack
 from tests.kernels.test_packed import AVAILABLE, ROWS, error, matrix
 
 SHAPES = [(70, 96, 32), (33, 576, 64), (48, 1536, 1536), (16, 32, 32), (20, 8320, 64), (17, 16640, 128)]
-"""Columns, inner elements and group: an odd number of pieces of 32, a group for the whole row, two and three sections."""
+"""Columns, inner elements, group: an odd number of pieces of 32, a group for all of a row, two and three sections."""
 INNER_OF_A_SECTION = 8192
 DIGIT = 127
 
@@ -50,7 +50,7 @@ def test_weights_move_by_at_most_the_rounding_of_their_scales(
     assert torch.equal(values, given.unpack()[0])
     bound = largest(inner)
     assert int(whole.abs().max()) <= bound
-    # The grid is as fine as that allows: the largest that a group may stand for, of which values need make no use, is close to it.
+    # As fine as that allows: the largest that some group may stand for, whether or not its values do, is close to it.
     reach = 8 * scales.int().abs() + (0 if minima is None else minima.int().abs())
     assert torch.all(reach.amax(1) >= bound - 10)
     moved = (made.dequantize() - given.dequantize()).abs()
@@ -163,7 +163,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     made = given.on_grid()
     x = torch.randn(2, 64)
     for path in ("exact", "fast"):
-        with pytest.raises(FieldError, match="path is .*; it must be bf16"):
+        with pytest.raises(FieldError, match=r"path is .*; it must be bf16"):
             made.multiply(x, path=path)  # type: ignore[arg-type]
     with pytest.raises(FieldError, match="as it was packed"):
         made.on_grid()

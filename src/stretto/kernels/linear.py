@@ -114,7 +114,7 @@ class QuantLinear(nn.Module):
     def from_packed(
         cls, matrix: PackedMatrix, *, bias: torch.Tensor | None = None, path: Path = "exact"
     ) -> QuantLinear:
-        """A layer with a packed matrix for its weight; its bytes are copied. Not for one that is sorted or on a grid."""
+        """A layer with a packed matrix for its weight; its bytes are copied. Not if it is sorted or on a grid."""
         require(matrix.plain, "matrix", "sorted or on a grid", "one as it was packed")
         layer = cls(
             matrix.length,

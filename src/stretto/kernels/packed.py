@@ -109,8 +109,8 @@ class PackedMatrix:
     def on_grid(self) -> PackedMatrix:
         """This matrix, of 4 bits, with one grid of whole numbers a column, for path bf16.
 
-        Scales and minima are rounded to that grid, on which weights have 16 bits where rows are short, and 12 where they
-        are long. A weight moves by no more than 4.5 of some 2,000 to 33,000 such steps to its column's largest.
+        Scales and minima are rounded to that grid: a weight moves by at most 4.5 of its steps, of which the column's
+        largest has 2,000 (rows of 8,192 elements) to 32,767 (of 516 and fewer).
         """
         import torch
 

@@ -93,7 +93,7 @@ def plan(
 
 
 def _packed_peak(device: Device, path: Path | None, dtype: str) -> float:
-    """Operations/s of the packed product; a value of 24 bits takes three products of bytes, one of 12 or 16 bits two."""
+    """Operations/s of the packed product; 24 bits take three products of bytes, 12 or 16 bits two."""
     if path is None:
         return device.peak(dtype)
     if path == "fast":
