@@ -17,6 +17,7 @@ import stretto
 from stretto.core.eventlog import EventLog, replay
 from stretto.serve.scheduler import Scheduler
 from stretto.serve.scheduler_config import SchedulerConfig
+from tests.workflow.portfolio.test_domain import FILE as PORTFOLIO
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -120,6 +121,15 @@ def test_simulate_writes_pictures(cache: Path, planned: tuple[Path, Any]) -> Non
     assert sum(e["dur"] for e in spans) / 1e6 == pytest.approx(sum(shown["trace"]["busy_s"].values()))
     assert "decode" in {event["name"] for event in spans}
     assert shown["metrics"].keys() == ranking["plans"][0]["metrics"].keys()
+
+
+def test_a_portfolio_prints_json(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(json.dumps(PORTFOLIO))
+    ranking = stretto_json(cache, tmp_path, "plan", "job.yaml", "--save", "plan.yaml")
+    assert ranking["objective"] == "completion"
+    result = stretto_json(cache, tmp_path, "run", "plan.yaml", "-o", "out")
+    assert {sample["step"] for sample in result["outputs"]} <= {"a", "b"}
+    assert result["outputs"]
 
 
 def test_run_answers_and_compares(ran: tuple[Path, Any]) -> None:

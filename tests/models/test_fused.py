@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_company_changes_no_bit(fused: FusedDecoder, ids: list[int]) -> None:
     together = fused.forward(torch.tensor(tokens), segments, cache)
     alone = [logits_of(fused, ids[: length + 1], [length, 1], 64)[-1] for length in [*lengths, 11]]
     assert torch.equal(together, torch.stack(alone))
+
+
+def test_threads_may_share_a_decoder(fused: FusedDecoder, ids: list[int]) -> None:
+    """Passes take turns over what a decoder has only once, and each comes out as it would alone."""
+    texts = [ids, ids[::-1], ids[:7], ids[3:30]]
+    alone = [logits_of(fused, text, [len(text)], 16) for text in texts]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda text: logits_of(fused, text, [len(text)], 16), texts))
+            assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
 
 
 def test_only_wanted_rows_have_logits_and_mistakes_are_named(fused: FusedDecoder, ids: list[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -106,6 +107,60 @@ def test_an_endpoint_that_misbehaves_is_an_error_that_says_so(answer: bytes, sai
                 await written(wf.llm(f"http://127.0.0.1:{port}/v1", "m"), wf.Usage())
 
     asyncio.run(main())
+
+
+def answering(answer: Callable[[asyncio.StreamWriter], Awaitable[None]], model: Callable[[str], wf.Model]) -> Any:
+    """What a model writes, and counts, whose endpoint answers with bytes of its own."""
+
+    async def main() -> Any:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            with suppress(ConnectionError):
+                await answer(writer)
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            usage = wf.Usage()
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            return await written(model(url), usage), usage
+
+    return asyncio.run(main())
+
+
+def test_usage_may_come_with_text_in_one_event() -> None:
+    events = [
+        {"choices": [{"delta": {"content": "a"}}], "usage": {"prompt_tokens": 3, "completion_tokens": 1}},
+        {"choices": [{"delta": {"content": "b"}}], "usage": {"prompt_tokens": 3, "completion_tokens": 2}},
+    ]
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        for event in events:
+            writer.write(f"data: {json.dumps(event)}\n\n".encode())
+        writer.write(b"data: [DONE]\n\n")
+        await writer.drain()
+
+    text, usage = answering(answer, lambda url: wf.llm(url, "m", input_price=1.0, output_price=10.0))
+    assert text == "ab"
+    assert usage == wf.Usage(calls=1, prompt_tokens=3, completion_tokens=2, cost=pytest.approx(23 / 1e6))
+
+
+def test_of_a_refusal_without_an_end_only_its_beginning_is_read() -> None:
+    sent = 0
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 503 Busy\r\nConnection: close\r\n\r\n")
+        while sent < 1 << 30:
+            writer.write(b"no " * 1000)
+            await writer.drain()
+            sent += 3000
+
+    with pytest.raises(wf.EndpointError, match="answered 503: no no") as caught:
+        answering(answer, lambda url: wf.llm(url, "m", timeout_s=20.0))
+    assert len(str(caught.value)) < 10_000
+    assert sent < 1 << 26
 
 
 def test_nobody_at_the_address() -> None:

@@ -28,7 +28,7 @@ from stretto.serve.workload import Workload
 FRESH_S = 60.0
 """Tables younger than this are believed; older ones are checked against a few passes first."""
 
-_FORMAT = 3  # of what tables mean: older ones are not read
+_FORMAT = 4  # of what tables mean: older ones are not read
 
 Tables = dict[str, Table]
 

@@ -23,7 +23,7 @@ from stretto.serve.deploy.plan import DeploymentPlan
 
 FRESH_S = 600.0
 """Measurements younger than this are believed."""
-_FORMAT = 2  # of what is measured: older files are not read
+_FORMAT = 3  # of what is measured: older files are not read
 
 
 def prepare(job: DeploymentJob, cluster: Cluster, progress: Progress) -> Cluster:
