@@ -13,7 +13,7 @@ import stretto
 from stretto.cli.app import progress_bar
 from stretto.core.errors import UserError
 from stretto.core.eventlog import EventLog
-from stretto.files import parse_yaml, write_text
+from stretto.files import load_cluster, parse_yaml, write_text
 from stretto.hardware.table_files import write_tables
 
 
@@ -35,13 +35,39 @@ def test_what_is_no_plain_value_is_told(text: str) -> None:
 def test_fields_are_told_where_they_are(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("kind: serve\nprompts: [a]\nlimits: {memory: 4}\n")
-    with pytest.raises(UserError, match=r"job.yaml:3: limits.memory: there is no such field; remove it"):
+    with pytest.raises(UserError, match=r"job.yaml:3: limits.memory: there is no such field; known here: "):
         stretto.load(job)
     job.write_text("kind: serve\nprompts: [a]\nmodell: x\n")
     with pytest.raises(
         UserError, match=r"job.yaml:3: modell: there is no such field; known here: kind, model, prompts"
     ):
         stretto.load(job)
+
+
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [
+        (
+            "{name: x, bandwith: 1e9}",
+            "5: nodes.0.link.bandwith: there is no such field; known here: name, kind, ",
+        ),
+        ("{name: x}", "5: nodes.0.link.kind: this field is missing; add it"),
+        ("{name: x, kind: nvlink, bandwidth: fast}", "5: nodes.0.link.bandwidth: the value is 'fast'; it must be a "),
+        ("5", "5: nodes.0.link: the value is 5; it must be a valid string"),
+        ("nvlink99", "5: nodes.0.link: .*nvlink99"),
+    ],
+)
+def test_of_a_value_that_may_be_of_two_kinds_the_nearer_one_is_told(tmp_path: Path, link: str, said: str) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"name: a\nnodes:\n  - name: n\n    devices: [{{type: a100-sxm-80gb}}]\n    link: {link}\n")
+    with pytest.raises(UserError, match=f"cluster.yaml:{said}"):
+        load_cluster(file)
+
+
+def test_a_field_that_is_misspelt_is_told_before_the_one_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("name: a\nnods: []\n")
+    with pytest.raises(UserError, match=r"yaml:2: nods: there is no such field; known here: name, nodes, network"):
+        load_cluster(tmp_path / "cluster.yaml")
 
 
 def test_files_are_written_whole_and_pipes_straight(tmp_path: Path) -> None:

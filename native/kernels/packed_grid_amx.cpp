@@ -29,7 +29,8 @@ TileShapes shapes_of(int height) {
     return shapes;
 }
 
-// Low bytes of a step's weights, four inner elements of sixteen columns in 64 of them, and behind them the high ones.
+// Low bytes of a step's weights, four inner elements of sixteen columns in 64 of them, and behind them the high ones. What is behind an
+// odd number of pieces is left as it is: rows have zeros there.
 template <bool MINIMUM>
 STRETTO_TARGET_BF16 void unpack(const Packed &w, const uint8_t *panel, uint8_t *to) {
     const __m512i fifteen = _mm512_set1_epi16(15), below = _mm512_set1_epi16(255);
@@ -38,9 +39,9 @@ STRETTO_TARGET_BF16 void unpack(const Packed &w, const uint8_t *panel, uint8_t *
         return _mm512_or_si512(one, _mm512_slli_epi32(one, 16));
     };
     const int64_t pieces = w.inner / kPiece, of_group = w.group / kPiece;
-    for (int64_t piece = 0; piece < pieces; piece++) {
-        const uint8_t *group = panel + piece / of_group * w.group_bytes();
-        const uint8_t *at = group + w.numbers_bytes() + piece % of_group * (kPiece * kPanel / 2);
+    const uint8_t *group = panel, *at = group + w.numbers_bytes();
+    for (int64_t piece = 0, inside = 0; piece < pieces; piece++, inside++) {
+        if (inside == of_group) inside = 0, group = at, at += w.numbers_bytes();
         uint8_t *low = to + piece / 2 * kStepBytes + piece % 2 * (kPiece * kPanel), *high = low + kStep * kPanel;
         const __m512i d = pairs(group);
         __m512i start = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_setzero_si512(), d), 3);  // of q = 0
@@ -60,10 +61,6 @@ STRETTO_TARGET_BF16 void unpack(const Packed &w, const uint8_t *panel, uint8_t *
                 _mm512_store_si512(high, _mm512_ternarylogic_epi64(below, _mm512_srli_epi16(even[half], 8), odd[half], 0xCA));
             }
         }
-    }
-    if (pieces % 2) {  // the rows have zeros there, which must meet numbers
-        uint8_t *low = to + pieces / 2 * kStepBytes + kPiece * kPanel;
-        std::fill_n(low, kPiece * kPanel, uint8_t(0)), std::fill_n(low + kStep * kPanel, kPiece * kPanel, uint8_t(0));
     }
 }
 

@@ -33,9 +33,8 @@ STRETTO_TARGET_BF16 void tile(const Rows &rows, int64_t first, const Packed &w, 
         for (int r = 0; r < R; r++) {
             for (int c = 0; c < C; c++) sum[r][c][kHigh] = sum[r][c][kLow] = _mm512_setzero_si512();
         }
+        int64_t inside = from % of_group, at_group = from / of_group * group_bytes;  // of a piece in its group
         for (int64_t piece = from; piece < std::min(from + section, pieces); piece++) {
-            const int64_t inside = piece % of_group;
-            const int64_t at_group = piece / of_group * group_bytes;
             __m512i of_piece[R][C][2];
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
@@ -79,6 +78,7 @@ STRETTO_TARGET_BF16 void tile(const Rows &rows, int64_t first, const Packed &w, 
                     }
                 }
             }
+            if (++inside == of_group) inside = 0, at_group += group_bytes;
         }
         for (int r = 0; r < R; r++) {
             for (int c = 0; c < C; c++) {

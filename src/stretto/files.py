@@ -13,7 +13,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,37 +171,65 @@ def validate(kind: type[T], document: Document, data: Any, path: Path_ = ()) -> 
         found: T = _adapter(kind).validate_json(json.dumps(data, default=str))
         return found
     except ValidationError as problem:
-        raise _first_mistake(problem, document, path) from None
+        raise _first_mistake(problem, kind, document, data, path) from None
 
 
-def _first_mistake(problem: ValidationError, document: Document, path: Path_) -> UserError:
-    error = problem.errors()[0]
-    place: Path_ = (
-        *path,
-        *(part for part in error["loc"] if not str(part).startswith(("function-", "tagged-"))),
-    )
+def _first_mistake(problem: ValidationError, kind: Any, document: Document, data: Any, path: Path_) -> UserError:
+    """The first mistake; of a value that may be of several kinds, the one that was found furthest inside it.
+
+    A field that is not known goes before one that is missing beside it, which it may be, misspelt.
+    """
+    errors = [(error, (*path, *_place(error, data))) for error in problem.errors()]
+    error, place = errors[0]
+    inside = [each for each in errors if each[1][: len(place)] == place]
+    error, place = max(inside, key=lambda each: len(each[1]))
+    if error["type"] == "missing":
+        beside = (each for each in errors if each[0]["type"] in _UNKNOWN and each[1][:-1] == place[:-1])
+        error, place = next(beside, (error, place))
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         field: Path_ = (*place, *(int(p) if p.isdigit() else p for p in cause.field.split(".")))
         return document.error(field, f"the value is {_shown(cause.value)}", f"it must be {cause.right}")
     if isinstance(cause, Exception):
         return document.error(place, str(cause))
-    kind, given = error["type"], error.get("input")
-    if kind == "missing":
+    if error["type"] == "missing":
         return document.error(place, "this field is missing", "add it")
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _fields_at(problem, path, place)
+    if error["type"] in _UNKNOWN:
+        known = ", ".join(_fields_at(kind, place[len(path) : -1]))
         return document.error(place, "there is no such field", f"known here: {known}" if known else "remove it")
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return document.error(place, f"the value is {_shown(given)}", f"it must be {message}")
+    return document.error(place, f"the value is {_shown(error.get('input'))}", f"it must be {message}")
 
 
-def _fields_at(problem: ValidationError, path: Path_, place: Path_) -> str:
-    """The fields of the value that stands at `path`, if it is its own field that is wrong."""
-    return _KNOWN_FIELDS.get(problem.title, "") if len(place) == len(path) + 1 else ""
+def _place(error: Any, data: Any) -> Iterator[str | int]:
+    """Where an error is in `data`: its fields, without what pydantic says between them of kinds and functions."""
+    for part in error["loc"]:
+        of_list = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if of_list or (isinstance(data, dict) and part in data):
+            data = data[part]
+        elif error["type"] != "missing" or part is not error["loc"][-1]:
+            continue
+        yield part
 
 
-_KNOWN_FIELDS: dict[str, str] = {}
+def _fields_at(kind: Any, place: Path_) -> Iterator[str]:
+    """The fields that a dataclass has at `place` inside a value of `kind`; of all kinds that it may have there."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if not place:
+            yield from (field.name for field in dataclasses.fields(kind) if field.init)
+        elif place[0] in hints:
+            yield from _fields_at(hints[str(place[0])], place[1:])
+        return
+    holds = typing.get_origin(kind) in (tuple, list, Sequence, Mapping, dict)
+    for inner in typing.get_args(kind):
+        if not holds:
+            yield from _fields_at(inner, place)
+        elif place:
+            yield from _fields_at(inner, place[1:])
+
+
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def _shown(value: Any) -> str:
@@ -313,7 +341,6 @@ def _job(document: Document, data: dict[str, Any], path: Path_) -> Any:
         domain = domain_of(str(data["kind"]))
     except UserError as problem:
         raise problem.at(file=document.file, line=document.line((*path, "kind")), field="kind") from None
-    _KNOWN_FIELDS[domain.job_type.__name__] = ", ".join(f.name for f in dataclasses.fields(domain.job_type))
     return validate(domain.job_type, document, data, path)
 
 

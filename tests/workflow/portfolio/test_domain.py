@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,21 @@ def test_a_run_is_rehearsed_on_the_real_clock_beside_its_prediction(tmp_path: Pa
     assert result.measured.makespan >= result.predicted.makespan > 0
     assert (result.comparison.unmatched_predicted, result.comparison.unmatched_measured) == (0, 0)
     assert "USD" in result.said[0][1]
+    assert (tmp_path / "timeline.html").exists()
+
+
+def test_a_run_that_is_stopped_ends_at_once_with_what_is_done(tmp_path: Path) -> None:
+    slow = Try(**{**QUICK, "latency_s": 20.0, "latency_std_s": 0.1, "success": 1.0})
+    steps = (Step(name="a", models={"m": Try(**{**QUICK, "success": 1.0})}), Step(name="b", models={"m": slow}))
+    best = stretto.plan(job(steps=steps, deadline_s=60.0), on=CLUSTER).best
+    start = time.monotonic()
+    stop_at = start + 1.0
+    result = stretto.run(best, ctx=stretto.Context(output=tmp_path, cancelled=lambda: time.monotonic() > stop_at))
+    assert time.monotonic() - start < 10.0
+    assert result.interrupted
+    assert "cancelled after" in result.said[0][1]
+    how = {sample["step"]: sample["how"] for sample in result.outputs}
+    assert how == {"a": "returned", "b": "cancelled"}
     assert (tmp_path / "timeline.html").exists()
 
 

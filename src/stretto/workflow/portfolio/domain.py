@@ -26,6 +26,7 @@ from stretto.workflow.portfolio.run import run
 from stretto.workflow.portfolio.simulate import Simulated, simulate
 from stretto.workflow.portfolio.simulated import SimulatedAttempts
 
+_POLL_S = 0.05
 _MISSED = {"budget_exhausted": "ran out of money", "deadline_exhausted": "ran out of time", "stalled": "stalled"}
 
 
@@ -94,7 +95,13 @@ class PortfolioDomain:
         trial = ctx.seed
 
         async def main() -> Run:
-            return await _carry_out(job, choices, RealClock(), trial)
+            stop = asyncio.Event()
+            running = asyncio.ensure_future(_carry_out(job, choices, RealClock(), trial, stop))
+            while not running.done():
+                if ctx.cancelled():
+                    stop.set()
+                await asyncio.wait([running], timeout=_POLL_S)
+            return await running
 
         found = asyncio.run(main())
         measured, predicted = trace_of(found, "measured"), trace_of(_rehearsed(job, choices, trial), "simulated")
@@ -118,14 +125,17 @@ class PortfolioDomain:
             predicted=predicted,
             forecast=forecast,
             comparison=predicted.compare(measured),
+            interrupted=found.end == "cancelled",
         )
 
 
-async def _carry_out(job: PortfolioJob, plan: PortfolioPlan, clock: Clock, trial: int) -> Run:
+async def _carry_out(
+    job: PortfolioJob, plan: PortfolioPlan, clock: Clock, trial: int, stop: asyncio.Event | None = None
+) -> Run:
     problem = job.problem
     attempts = SimulatedAttempts(problem, clock, seed=job.seed)
     limits = {"budget": job.budget, "deadline_s": job.deadline_s}
-    return await run(problem, plan.of(job), attempts, clock=clock, seed=trial, **limits)
+    return await run(problem, plan.of(job), attempts, clock=clock, seed=trial, stop=stop, **limits)
 
 
 def _rehearsed(job: PortfolioJob, plan: PortfolioPlan, trial: int) -> Run:

@@ -34,6 +34,9 @@ def sample_seed(seed: int, launch: int, sample: int) -> int:
     return (seed << 32) + launch * MAX_SAMPLES + sample
 
 
+RunEnd = End | Literal["cancelled"]
+"""Why a real run is over: as a simulated one, or because it was stopped."""
+
 How = Literal["returned", "raised", "cancelled", "abandoned"]
 
 
@@ -73,7 +76,7 @@ class Run:
         plans: how often the policy was asked.
     """
 
-    end: End
+    end: RunEnd
     seconds: float
     spent: float
     outputs: Mapping[str, object]

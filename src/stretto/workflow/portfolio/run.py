@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from stretto.core.clock import Clock
 from stretto.core.errors import require
-from stretto.workflow.portfolio.course import End
 from stretto.workflow.portfolio.ledger import Ledger
-from stretto.workflow.portfolio.outcome import Attempt, How, Outcome, Run, SampleRecord, sample_seed
+from stretto.workflow.portfolio.outcome import Attempt, How, Outcome, Run, RunEnd, SampleRecord, sample_seed
 from stretto.workflow.portfolio.planner import Policy
 from stretto.workflow.portfolio.problem import MAX_LAUNCHES, Action, Launch, Problem
 from stretto.workflow.portfolio.simulate import check_limits
@@ -35,6 +35,7 @@ async def run(
     seed: int = 0,
     plan_s: float = 0.0,
     grace_s: float = 0.5,
+    stop: asyncio.Event | None = None,
 ) -> Run:
     """Carry out a workflow.
 
@@ -46,6 +47,7 @@ async def run(
         seed: of the attempts' seeds.
         plan_s: modelled seconds of one planning, for virtual time.
         grace_s: how long a cancelled attempt may take to end; then it is left to itself and charged at its bound.
+        stop: once it is set, all that runs is cancelled and the run ends with what is done.
 
     Raises:
         ValueError: for a budget, deadline or grace that is negative or not a number, a budget without end, or rules
@@ -56,7 +58,7 @@ async def run(
     require(grace_s >= 0, "grace_s", grace_s, "a number >= 0")
     charge = problem.rules.charge
     require(charge == "reserved", "rules.charge", charge, "reserved: nobody knows a sample's cost at its launch")
-    driver = _Driver(problem, policy, attempt, Ledger(budget), deadline_s, clock, seed, grace_s)
+    driver = _Driver(problem, policy, attempt, Ledger(budget), deadline_s, clock, seed, grace_s, stop)
     try:
         end = await driver.drive(plan_s)
     finally:
@@ -92,6 +94,7 @@ class _Driver:
     clock: Clock
     seed: int
     grace_s: float
+    stop: asyncio.Event | None
     flying: dict[str, _Batch] = field(default_factory=dict)
     outputs: dict[str, object] = field(default_factory=dict)
     records: list[SampleRecord] = field(default_factory=list)
@@ -107,7 +110,15 @@ class _Driver:
     def now(self) -> float:
         return self.clock.now - self._zero
 
-    async def drive(self, plan_s: float) -> End:
+    async def drive(self, plan_s: float) -> RunEnd:
+        stopped = None if self.stop is None else asyncio.ensure_future(self.stop.wait())
+        try:
+            return await self._drive(plan_s, stopped)
+        finally:
+            if stopped is not None:
+                stopped.cancel()
+
+    async def _drive(self, plan_s: float, stopped: asyncio.Future[Any] | None) -> RunEnd:
         while True:
             if len(self._done) == len(self.problem.workflow.nodes):
                 return "completed"
@@ -126,8 +137,8 @@ class _Driver:
             if not self.flying:
                 self.ended_s = self.now
                 return "stalled" if fits else "budget_exhausted"
-            if not await self._event():
-                return "deadline_exhausted"
+            if (end := await self._event(stopped)) is not None:
+                return end
 
     def _state(self) -> State:
         now = self.now
@@ -174,16 +185,20 @@ class _Driver:
             raise ValueError(f"the cost is {outcome.cost}; it must be a finite number >= 0")
         return outcome
 
-    async def _event(self) -> bool:
-        """Wait until a batch ends; false if the deadline comes first."""
+    async def _event(self, stopped: asyncio.Future[Any] | None) -> RunEnd | None:
+        """Wait until a batch ends; what ends the run, if that comes first."""
         while True:
             left = self.deadline_s - self.now
             tasks = [task for batch in self.flying.values() for task in batch.tasks]
             label = f"portfolio waits for samples of {', '.join(self.flying)}"
-            waiting = asyncio.ensure_future(_ends(tasks, left if left < math.inf else None, asyncio.FIRST_COMPLETED))
+            events = [*tasks, *([] if stopped is None else [stopped])]
+            waiting = asyncio.ensure_future(_ends(events, left if left < math.inf else None, asyncio.FIRST_COMPLETED))
             await self.clock.wait(waiting, label)
+            if stopped is not None and stopped.done():
+                self.ended_s = self.now
+                return "cancelled"
             if self.now > self.deadline_s or not any(task.done() for task in tasks):
-                return False
+                return "deadline_exhausted"
             self.ended_s = self.now
             ended = [batch for batch in self.flying.values() if self._settle_returned(batch)]
             for batch in ended:
@@ -191,7 +206,7 @@ class _Driver:
                 if batch.succeeded:
                     self._done.add(batch.launch.node)
             if ended:
-                return True
+                return None
 
     def _settle_returned(self, batch: _Batch) -> bool:
         """Settle the samples of a batch that have returned; whether the batch has ended by that."""
@@ -240,6 +255,6 @@ class _Driver:
             del self.flying[batch.launch.node]
 
 
-async def _ends(tasks: list[asyncio.Task[Outcome]], seconds: float | None, which: str) -> None:
+async def _ends(tasks: Sequence[asyncio.Future[Any]], seconds: float | None, which: str) -> None:
     """Wait until the first or all of the tasks ended, as asyncio names it, or the seconds have passed."""
     await asyncio.wait(tasks, timeout=seconds, return_when=which)
