@@ -124,8 +124,14 @@ MUTANTS = {
         Mutant(
             "RSA does not scale its scores",
             "parallel/rsa.py",
-            "weights = _normed(scores.mul_(1 / math.sqrt(q.shape[-1]))",
-            "weights = _normed(scores.mul_(1.0)",
+            "scaled = q.unflatten(1, (k.shape[1], -1)) * (1 / math.sqrt(q.shape[-1]))",
+            "scaled = q.unflatten(1, (k.shape[1], -1)) * 1.0",
+        ),
+        Mutant(
+            "RSA's queries have gradients of scores that were not scaled",
+            "parallel/rsa.py",
+            "dq *= 1 / math.sqrt(scaled.shape[-1])",
+            "dq *= 1.0",
         ),
         Mutant(
             "RSA's values lie a block off",
@@ -136,8 +142,8 @@ MUTANTS = {
         Mutant(
             "RSA's softmax forgets its rows' sums",
             "parallel/rsa.py",
-            "back.sub_((back * weights).sum(-1, keepdim=True))",
-            "back.sub_(0.0)",
+            "torch._softmax_backward_data(back, weights, -1, weights.dtype, grad_input=back)",
+            "back.mul_(weights)",
         ),
         Mutant(
             "a ring stops a place early",

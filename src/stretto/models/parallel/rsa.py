@@ -31,48 +31,57 @@ class RingSelfAttention(torch.autograd.Function):
         layout: Layout,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        grouped = q.unflatten(1, (k.shape[1], -1))
+        scaled = q.unflatten(1, (k.shape[1], -1)) * (1 / math.sqrt(q.shape[-1]))
         local = q.shape[2]
-        scores = grouped.new_empty(*grouped.shape[:-1], local * axis.size)
+        scores = scaled.new_empty(*scaled.shape[:-1], local * axis.size)
         for source, (keys,) in visiting(axis, (k,)):
-            scores[..., source * local : (source + 1) * local] = grouped @ keys[:, :, None].mT
-        weights = _normed(scores.mul_(1 / math.sqrt(q.shape[-1])), _hidden(local, axis, causal, layout, mask))
-        out = torch.zeros_like(grouped)
+            _multiply_into(scores[..., source * local : (source + 1) * local], scaled, keys[:, :, None].mT)
+        weights = _normed(scores, _hidden(local, axis, causal, layout, mask))
+        out = torch.zeros_like(scaled)
         for source, (values,) in visiting(axis, (v,)):
             out += weights[..., source * local : (source + 1) * local] @ values[:, :, None]
-        ctx.save_for_backward(grouped, k, v, weights)
+        ctx.save_for_backward(scaled, k, v, weights)
         ctx.axis = axis
         return out.flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
+        scaled, k, v, weights = ctx.saved_tensors
         axis: Axis = ctx.axis
-        local = q.shape[3]
+        local = scaled.shape[3]
         gradient = gradient.unflatten(1, (k.shape[1], -1))
         back = torch.empty_like(weights)
         homing = Homing(axis)
         for source, (values,) in visiting(axis, (v,)):
             block = slice(source * local, (source + 1) * local)
-            back[..., block] = gradient @ values[:, :, None].mT
+            _multiply_into(back[..., block], gradient, values[:, :, None].mT)
             homing.add([(weights[..., block].mT @ gradient).sum(2)])
         (dv,) = homing.home()
-        back.sub_((back * weights).sum(-1, keepdim=True)).mul_(weights).mul_(1 / math.sqrt(q.shape[-1]))
-        dq = torch.zeros_like(q)
+        torch._softmax_backward_data(back, weights, -1, weights.dtype, grad_input=back)
+        dq = torch.zeros_like(scaled)
         homing = Homing(axis)
         for source, (keys,) in visiting(axis, (k,)):
             block = slice(source * local, (source + 1) * local)
             dq += back[..., block] @ keys[:, :, None]
-            homing.add([(back[..., block].mT @ q).sum(2)])
+            homing.add([(back[..., block].mT @ scaled).sum(2)])
         (dk,) = homing.home()
+        dq *= 1 / math.sqrt(scaled.shape[-1])
         return dq.flatten(1, 2), dk, dv, None, None, None, None
 
 
+def _multiply_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out = a @ b, matrix by matrix, with no copy between: `out` may be a block of wider rows."""
+    matrices = (each.expand(*out.shape[:-2], -1, -1).flatten(0, -3) for each in (a, b))
+    for to, left, right in zip(out.flatten(0, -3), *matrices, strict=True):
+        torch.mm(left, right, out=to)
+
+
 def _normed(scores: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the last dim, in place where it can be; rows that see nothing give zeros."""
+    """Softmax over the last dim, in place; rows that see nothing give zeros."""
     if hidden is None:
-        return scores.softmax(-1)
-    return scores.masked_fill_(hidden, -math.inf).softmax(-1).masked_fill_(hidden, 0.0)
+        return torch.softmax(scores, -1, out=scores)
+    torch.softmax(scores.masked_fill_(hidden, -math.inf), -1, out=scores)
+    return scores.masked_fill_(hidden, 0.0)
 
 
 def _hidden(local: int, axis: Axis, causal: bool, layout: Layout, mask: torch.Tensor | None) -> torch.Tensor | None:
