@@ -30,29 +30,43 @@ void prepare_grid_plain(const Rows &rows, int64_t r, const float *x, int64_t len
 }
 
 void multiply_grid_plain(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add) {
-    const int64_t section = section_steps(w.inner) * kStep;
+    const int64_t pieces = w.inner / kPiece, section = section_steps(w.inner) * 2, of_group = w.group / kPiece;
     for (int64_t panel = first; panel < last; panel++) {
         const int64_t width = std::min<int64_t>(kPanel, w.columns - panel * kPanel);
         for (int64_t r = 0; r < rows.count; r++) {
             const GridRow row(rows, r);
-            for (int64_t c = 0; c < width; c++) {
-                float total = 0.0f;
-                for (int64_t from = 0; from < w.inner; from += section) {
-                    int32_t sum[2] = {};
-                    for (int64_t k = from; k < std::min(from + section, w.inner); k++) {
-                        const uint8_t *at = w.data + panel * w.panel_bytes() + k / w.group * w.group_bytes();
-                        const int16_t *numbers = reinterpret_cast<const int16_t *>(at);
-                        const int64_t i = k % w.group;
-                        const int byte = at[w.numbers_bytes() + i / 8 * 64 + 4 * c + (i & 3)];
-                        const int q = i & 4 ? byte >> 4 : byte & 15;
-                        const int32_t weight = numbers[c] * (q - 8) + (w.minimum ? numbers[kPanel + c] : 0);
-                        for (int plane : {kHigh, kLow}) sum[plane] += weight * *row.at(plane, k);
+            const uint8_t *at = w.data + panel * w.panel_bytes();
+            const int16_t *numbers = nullptr;
+            float total[kPanel] = {};
+            for (int64_t from = 0; from < pieces; from += section) {
+                int32_t sum[2][kPanel] = {};
+                for (int64_t piece = from; piece < std::min(from + section, pieces); piece++, at += kPiece * kPanel / 2) {
+                    if (piece % of_group == 0) numbers = reinterpret_cast<const int16_t *>(at), at += w.numbers_bytes();
+                    int32_t of_piece[2][kPanel] = {};
+                    for (int k = 0; k < kPiece; k++) {
+                        const uint8_t *bytes = at + k / 8 * 64 + (k & 3);
+                        const int shift = k & 4;
+                        const int32_t digits[2] = {*row.at(kHigh, piece * kPiece + k), *row.at(kLow, piece * kPiece + k)};
+                        for (int c = 0; c < kPanel; c++) {
+                            const int32_t q = (bytes[4 * c] >> shift & 15) - 8;
+                            for (int plane : {kHigh, kLow}) of_piece[plane][c] += q * digits[plane];
+                        }
                     }
-                    const float both = std::fma(float(sum[kHigh]), kBase, float(sum[kLow]));
-                    total = from ? total + both : both;
+                    for (int plane : {kHigh, kLow}) {
+                        for (int c = 0; c < kPanel; c++) {
+                            const int32_t more = w.minimum ? numbers[kPanel + c] * row.sum(plane, piece) : 0;
+                            sum[plane][c] += numbers[c] * of_piece[plane][c] + more;
+                        }
+                    }
                 }
-                float *to = out + r * stride + panel * kPanel + c;
-                *to = std::fma(total * *row.unit, w.units[panel * kPanel + c], add ? *to : 0.0f);
+                for (int c = 0; c < kPanel; c++) {
+                    const float both = std::fma(float(sum[kHigh][c]), kBase, float(sum[kLow][c]));
+                    total[c] = from ? total[c] + both : both;
+                }
+            }
+            float *to = out + r * stride + panel * kPanel;
+            for (int64_t c = 0; c < width; c++) {
+                to[c] = std::fma(total[c] * *row.unit, w.units[panel * kPanel + c], add ? to[c] : 0.0f);
             }
         }
     }
