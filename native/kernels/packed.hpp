@@ -53,7 +53,7 @@ struct Packed {
 // How activations enter a product.
 enum class Path {
     exact,  // in 24 bits of the largest of a group: fp32 for all that matters
-    bf16,   // rounded to bf16
+    bf16,   // in 12 bits of the largest of a group, in 16 of a row on a grid; rounded to bf16 where weights are
     fast,   // in 8 bits of the largest of a group
 };
 

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,6 +124,15 @@ def assert_killed(tests: list[str], mutant: Mutant) -> None:
     done = run(tests, mutant)
     assert done.returncode == 1, f"{mutant.wrong}: not noticed\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert "the mutant's text occurs" not in done.stdout + done.stderr
+
+
+def by_area(mutants: Mapping[str, Sequence[Mutant]]) -> list[Any]:
+    """(area, mutant) for a test each, named after both."""
+    return [
+        pytest.param(area, mutant, id=f"{area}-{mutant.wrong}".replace(" ", "-"))
+        for area, each in mutants.items()
+        for mutant in each
+    ]
 
 
 def assert_green(tests: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutants.test_mutants import Mutant, assert_green, assert_killed
+from tests.mutants.test_mutants import Mutant, assert_green, assert_killed, by_area
 
 pytestmark = pytest.mark.slow
 
@@ -263,14 +263,9 @@ MUTANTS = {
         ),
     ],
 }
-ALL = [
-    pytest.param(area, mutant, id=f"{area}-{mutant.wrong}".replace(" ", "-"))
-    for area, each in MUTANTS.items()
-    for mutant in each
-]
 
 
-@pytest.mark.parametrize(("area", "mutant"), ALL)
+@pytest.mark.parametrize(("area", "mutant"), by_area(MUTANTS))
 def test_a_mutant_is_killed(area: str, mutant: Mutant) -> None:
     assert_killed(TESTS[area], mutant)
 
