@@ -17,14 +17,14 @@ using namespace stretto;
 namespace stretto {
 
 AttendHead attention_kernel(const std::string &level) {
+    require_level(level);
 #if defined(__x86_64__)
     if (level == "amx") return kAttendAmx;
     if (level == "avx512bf16") return kAttendAvx512Bf16;
     if (level == "avx512") return kAttendAvx512;
     if (level == "avx2") return kAttendAvx2;
 #endif
-    if (level == "plain") return kAttendPlain;
-    throw std::invalid_argument("level " + level + " is not known here");
+    return kAttendPlain;
 }
 
 bool attention_has(int64_t dim, bool packed) { return packed ? dim % 32 == 0 && dim <= 128 && dim > 0 : dim == 16 || dim == 32 || dim == 64 || dim == 80 || dim == 96 || dim == 128; }

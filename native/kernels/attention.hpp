@@ -34,7 +34,7 @@ extern const AttendHead kAttendPlain;
 extern const AttendHead kAttendAmx, kAttendAvx512Bf16, kAttendAvx512, kAttendAvx2;
 #endif
 
-// The kernel of a level of instructions; throws std::invalid_argument for an unknown one.
+// The kernel of a level of instructions; throws as require_level.
 AttendHead attention_kernel(const std::string &level);
 
 // Whether level "amx" has tiles for such heads; it does the others as level "avx512".

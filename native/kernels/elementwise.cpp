@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
 #include <string>
 
 #include "elementwise.hpp"
@@ -158,10 +157,10 @@ STRETTO_ROW_KERNELS(plain, , 4)
     STRETTO_X86(STRETTO_TARGET_AVX2 void NAME##_avx2(const CALL &c, int64_t row, bool b) { NAME##_type<8>(c, row, b); })      \
     void NAME##_plain(const CALL &c, int64_t row, bool b) { NAME##_type<4>(c, row, b); }                       \
     auto NAME##_of(const std::string &level) {                                                                 \
+        require_level(level);                                                                                  \
         STRETTO_X86(if (level == "amx" || level == "avx512bf16" || level == "avx512") return NAME##_avx512;)                     \
         STRETTO_X86(if (level == "avx2") return NAME##_avx2;)                                                  \
-        if (level == "plain") return NAME##_plain;                                                             \
-        throw std::invalid_argument("level " + level + " is not known here");                                  \
+        return NAME##_plain;                                                                                   \
     }
 
 STRETTO_LEVELS(rotate, rotate_row, Rotation)
@@ -204,10 +203,10 @@ void scatter(int threads, uintptr_t from, int64_t row_stride, uintptr_t cache, u
 namespace stretto {
 
 const RowKernels &row_kernels(const std::string &level) {
+    require_level(level);
     STRETTO_X86(if (level == "amx" || level == "avx512bf16" || level == "avx512") return k_avx512;)
     STRETTO_X86(if (level == "avx2") return k_avx2;)
-    if (level == "plain") return k_plain;
-    throw std::invalid_argument("level " + level + " is not known here");
+    return k_plain;
 }
 
 }  // namespace stretto

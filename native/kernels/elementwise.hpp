@@ -17,7 +17,7 @@ struct RowKernels {
     int64_t (*largest)(const float *values, int64_t count);
 };
 
-// The kernels of a level of instructions; throws std::invalid_argument for an unknown one.
+// The kernels of a level of instructions; throws as require_level.
 const RowKernels &row_kernels(const std::string &level);
 
 }  // namespace stretto

@@ -1,6 +1,7 @@
 // The levels of instructions that kernels are compiled for.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 
 #if defined(__x86_64__)
@@ -44,6 +45,17 @@ inline std::string best_level() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif
     return "plain";
+}
+
+// Throws std::invalid_argument for what is no level, or one that this machine does not run: its instructions would end the process.
+inline void require_level(const std::string &level) {
+    static const std::string best = best_level();
+    bool here = false;
+    for (const char *each : {"amx", "avx512bf16", "avx512", "avx2", "plain"}) {
+        here |= best == each;
+        if (here && level == each) return;
+    }
+    throw std::invalid_argument("level is " + level + "; this machine runs up to " + best);
 }
 
 }  // namespace stretto

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 
+#include "levels.hpp"
 #include "narrow.hpp"
 #include "packed_grid.hpp"
 #include "packed_rows.hpp"
@@ -113,8 +113,8 @@ void multiply_plain(const Rows &rows, const Packed &w, int64_t first, int64_t la
                 for (int c = 0; c < kPanel; c++) {
                     const float scale = from_half(d[c]);
                     const float minimum = w.minimum ? from_half(m[c]) : scale * (w.bits == 4 ? -8.0f : -128.0f);
-                    total[c] += scale * (together(sum[c], rows.planes) * numbers[2 * g * rows.tall]);
-                    total[c] += minimum * numbers[(2 * g + 1) * rows.tall];
+                    total[c] = std::fma(scale, together(sum[c], rows.planes) * numbers[2 * g * rows.tall], total[c]);
+                    total[c] = std::fma(minimum, numbers[(2 * g + 1) * rows.tall], total[c]);
                 }
             }
             float *to = out + r * stride + panel * kPanel;
@@ -153,12 +153,13 @@ void unpack_column(const Packed &w, int64_t column, float *out, int64_t length) 
 }
 
 const Kernels &packed_kernels(const std::string &level) {
+    require_level(level);
 #if defined(__x86_64__)
     if (level == "amx") return kPackedAmx;
     if (level == "avx512bf16") return kPackedAvx512;
+    if (level == "avx512" || level == "avx2") return kPackedAvx2;
 #endif
-    if (level == "plain" || level == "avx2" || level == "avx512") return kPlain;
-    throw std::invalid_argument("level " + level + " is not known here");
+    return kPlain;
 }
 
 }  // namespace stretto

@@ -152,11 +152,12 @@ struct Kernels {
     int64_t row_block(const Packed &w) const { return w.units ? grid_rows : 64; }
 };
 
-// The kernels of a level: "amx", "avx512bf16" (which needs AVX-512 BF16 and VNNI), or "plain" for any machine.
+// The kernels of a level: "amx", "avx512bf16" (which needs AVX-512 BF16 and VNNI), "avx2", which is also that of "avx512", or "plain" for any
+// machine.
 const Kernels &packed_kernels(const std::string &level);
 
 #if defined(__x86_64__)
-extern const Kernels kPackedAvx512, kPackedAmx;
+extern const Kernels kPackedAvx2, kPackedAvx512, kPackedAmx;
 #endif
 
 }  // namespace stretto

@@ -77,6 +77,8 @@ struct RowGrid {
 void prepare_grid_plain(const Rows &rows, int64_t row, const float *x, int64_t length);
 void multiply_grid_plain(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add);
 #if defined(__x86_64__)
+void prepare_grid_avx2(const Rows &rows, int64_t row, const float *x, int64_t length);
+void multiply_grid_avx2(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add);
 void prepare_grid_avx512(const Rows &rows, int64_t row, const float *x, int64_t length);
 void multiply_grid_avx512(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add);
 void multiply_grid_amx(const Rows &rows, const Packed &w, int64_t first, int64_t last, float *out, int64_t stride, bool add);

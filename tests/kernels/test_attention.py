@@ -92,5 +92,5 @@ def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match="head_dim 48"):
         decode_attention(query, layer, tables, lengths)
     query, layer, tables, lengths = case(1, 1, 1, 64, 8, torch.float32, 8)
-    with pytest.raises(ValueError, match="level mmx"):
+    with pytest.raises(ValueError, match="level is mmx"):
         decode_attention(query, layer, tables, lengths, level="mmx")

@@ -197,7 +197,7 @@ def test_concatenation_and_mistakes() -> None:
         pack(torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(16, 1).half(), torch.zeros(16, 2).half(), bits=4)
     with pytest.raises(ValueError, match="for 4 bits alone"):
         pack(torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(16, 1).half(), torch.zeros(16, 1).half(), bits=8)
-    with pytest.raises(ValueError, match="level mmx"):
+    with pytest.raises(ValueError, match="level is mmx"):
         parts[0].multiply(x, level="mmx")
     assert parts[0].multiply(torch.empty(0, 64)).shape == (0, 16)
 
@@ -270,7 +270,7 @@ def test_an_order_or_steps_that_do_not_fit_are_refused() -> None:
         plain.mixed(torch.arange(256), torch.tensor([7, 128]), 256)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", AVAILABLE)
 def test_sums_over_wide_groups_do_not_overflow(level: str) -> None:
     """A row of ones has the largest whole numbers everywhere, and a minimum meets their sum."""
     values = torch.zeros(16, 8192, dtype=torch.uint8)

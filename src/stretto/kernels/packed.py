@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 Path = Literal["exact", "bf16", "fast"]
 PATHS: tuple[Path, ...] = ("exact", "bf16", "fast")
-PACKED_LEVELS = ("amx", "avx512bf16", "plain")
-"""Levels with products of their own; the others use the plain ones."""
+PACKED_LEVELS = ("amx", "avx512bf16", "avx2", "plain")
+"""Levels with products of their own; "avx512" has those of "avx2"."""
 PANEL = 16
 _NUMBERS_GROUP = 32
 """To which rows of bf16 weights are padded."""
