@@ -103,6 +103,7 @@ def chosen_plan(
     loaded = replace(loaded, job=adjust(loaded.job))
     machines = _machines(on, progress)
     files.check_fingerprint(loaded, machines, recheck=recheck, file=str(path))
+    loaded = files.bind(loaded, machines, file=str(path))  # before anything is measured, which takes long
     prepared = domain_of(loaded.kind).prepare(loaded.job, machines, progress)
     return files.bind(loaded, prepared, file=str(path))
 

@@ -136,8 +136,39 @@ def test_zeros_tiny_and_huge_activations(level: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_levels_agree(path: str) -> None:
-    weights = matrix(48, 96, 32, 4, True)
+@pytest.mark.parametrize(("bits", "minimum"), QUANTISED)
+@pytest.mark.parametrize(("columns", "inner", "group"), [(40, 32, 32), (70, 160, 32), (33, 256, 64), (12, 288, 288)])
+def test_all_levels_give_the_same_bits(
+    path: str, bits: int, minimum: bool, columns: int, inner: int, group: int
+) -> None:
+    weights = matrix(columns, inner, group, bits, minimum)
+    x = torch.randn(17, inner) * torch.rand(17, 1) ** 8
+    wanted = weights.multiply(x, path=path, level="plain")  # type: ignore[arg-type]
+    for level in AVAILABLE:
+        for rows in (1, 2, 3, 4, 7, 17):
+            found = weights.multiply(x[:rows].contiguous(), path=path, level=level)  # type: ignore[arg-type]
+            assert torch.equal(found, wanted[:rows])
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_sums_of_bytes_fit(level: str, path: str, bits: int) -> None:
+    """Weights as large as there are, activations whose digits all are as far from zero as they can be."""
+    values = torch.full((20, 128), 2**bits - 1, dtype=torch.uint8)
+    weights = pack(values, torch.ones(20, 2).half(), bits=bits)
+    for digits in (0x7F7F7F, 0x807F80, 0x7F0080):  # of base 256, each from -128 to 127
+        x = torch.full((5, 128), float(digits - (digits & 0x800000) * 2))
+        x[:, ::64] = 0x7F7F00  # the largest, which sets the scale
+        for signed in (x, -x):
+            found, wanted = (weights.multiply(signed, path=path, level=each) for each in (level, "plain"))  # type: ignore[arg-type]
+            assert torch.equal(found, wanted)
+            assert error(found, signed, weights.dequantize()) < BOUND[path]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_levels_agree_on_bf16_weights(path: str) -> None:
+    weights = matrix(48, 96, 32, 16, False)
     x = torch.randn(7, 96)
     found = [weights.multiply(x, path=path, level=level) for level in AVAILABLE]  # type: ignore[arg-type]
     for other in found[1:]:

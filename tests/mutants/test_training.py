@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 _EQUAL = ["tests/train/test_equivalence.py"]
 TESTS = {
-    "pipelines": ["tests/core/test_orders.py", "tests/core/test_partition.py", *_EQUAL],
+    "pipelines": ["tests/core/test_orders.py", "tests/core/test_partition.py", "tests/train/test_pipeline.py", *_EQUAL],
     "tensors": ["tests/models/parallel/test_tensor.py", "tests/models/test_causal.py", *_EQUAL],
     "sequences": ["tests/models/parallel/test_sequence.py", *_EQUAL],
     "experts": ["tests/models/parallel/test_experts.py", *_EQUAL],
@@ -45,7 +45,7 @@ MUTANTS = {
         ),
         Mutant("losses are not scaled", "train/pipeline.py", "y = y * self.passage.scale", "y = y * 1.0"),
         Mutant(
-            "a result goes to the stage after the next message's",
+            "messages of all micro-batches have one number",
             "train/pipeline.py",
             "(micro_batch * self.order.stages + stage) * 2 + KINDS.index(kind)",
             "stage * 2 + KINDS.index(kind)",
@@ -198,20 +198,20 @@ MUTANTS = {
         Mutant(
             "helpers' own tokens to come are forgotten",
             "parallel/expert_plan.py",
-            "self.assigned[place] + self.pending[place], place",
-            "self.assigned[place], place",
+            "min(range(self.world), key=self.load.__getitem__)",
+            "min(range(self.world), key=lambda e: self.assigned[e] if self.load[e] < math.inf else math.inf)",
         ),
         Mutant(
             "experts are placed by number",
             "parallel/expert_plan.py",
-            "key=lambda e: (-self.counts[e], e)",
+            "key=self.counts.__getitem__, reverse=True",
             "key=lambda e: e",
         ),
         Mutant(
             "an owner's own load stays pending",
             "parallel/expert_plan.py",
-            "self.pending[owner] -= count",
-            "self.pending[owner] -= 0",
+            "held = self.load[owner] - (count - stays)",
+            "held = self.load[owner]",
         ),
         Mutant(
             "least parts are not kept to",

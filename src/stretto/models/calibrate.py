@@ -32,8 +32,8 @@ DECODE_ROWS = (1, 2, 4, 6, 8, 12, 16, 32)
 DECODE_CONTEXTS = dict.fromkeys((1, 4, 16), (32, 512, 1700))
 SHORT_CONTEXT = 128
 PREFILL_CACHED = {32: (0, 512), 128: (0, 512), 384: (0, 1300)}
-MOST_REPEATS, POINT_S = 7, 0.2
-"""Each point is timed at least twice and at most this often, for about so many seconds."""
+MOST_REPEATS, POINT_S, LONG_S = 7, 0.2, 1.0
+"""Each point is timed at most this often, for about so many seconds: at least twice, a pass that takes long once."""
 DISTURBED = 1.25
 """Samples this many times the median are left out: something else had the core."""
 
@@ -162,16 +162,14 @@ def _within(shape: PassShape, most: int) -> PassShape:
 
 def _timed(model: Model, cache: Cache, point: PassShape) -> Iterator[dict[str, float]]:
     """Seconds by section of some passes, after one that is not counted unless a pass is long."""
-    spent = 0.0
+    spent, times = 0.0, 0
     first = compute(_run, model, cache, point)
     if first[""] > POINT_S:
         yield first
-        spent += first[""]
-    for number in range(MOST_REPEATS):
-        if number >= 2 and spent > POINT_S:
-            return
+        spent, times = first[""], 1
+    while times < MOST_REPEATS and spent <= (POINT_S if times >= 2 else LONG_S):
         seconds = compute(_run, model, cache, point)
-        spent += seconds[""]
+        spent, times = spent + seconds[""], times + 1
         yield seconds
 
 

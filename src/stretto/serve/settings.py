@@ -43,8 +43,8 @@ class EngineSettings:
 
     Attributes:
         model: a name, a path (.gguf or a Hugging Face folder) or a Hugging Face id.
-        dtype: type of the products and of the KV cache; "auto" takes bf16 where the CPU computes in it, else fp32;
-            "int4" keeps keys and values in 4 bits.
+        dtype: type of the products and of the KV cache; "auto" takes bf16 on the fused decoder and where the CPU
+            computes in it, else fp32; "int4" keeps keys and values in 4 bits.
         path: how passes are computed, as in `ServePlan`; "auto" takes the fused decoder where the weights can stay
             packed ("bf16" or, in fp32, "exact"), else "torch".
         threads: CPU threads of the passes, with two lanes of those of each; None takes all, or half of them.
@@ -173,8 +173,7 @@ def load(settings: EngineSettings) -> Model:
         UserError: as `load_model`, and if weights and KV pool exceed this machine's memory.
         FieldError: if more positions are asked for than the model has, or two lanes of a model that cannot run fused.
     """
-    dtype = _native_dtype() if settings.dtype == "auto" else settings.dtype
-    path = _native_path(settings.model, dtype) if settings.path == "auto" else settings.path
+    dtype, path = _chosen(settings)
     if settings.prefill == "lanes" and path == "torch":
         raise FieldError("prefill", settings.prefill, "mixed, for a model whose weights do not stay packed")
     model = load_model(settings.model, dtype=dtype, threads=settings.threads, path=path)
@@ -183,18 +182,22 @@ def load(settings: EngineSettings) -> Model:
     return model
 
 
-def _native_dtype() -> str:
-    """bf16 where the CPU multiplies it, else fp32, in which products of bf16 would be computed anyway."""
-    flags = _cpu_flags()
-    return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
+def _chosen(settings: EngineSettings) -> tuple[str, str]:
+    """Type and path: what was asked for, and where that says "auto" what is fastest at next to no loss.
 
-
-def _native_path(model: str, dtype: str) -> str:
-    """The fused decoder where the weights can stay packed."""
-    files = open_model(model)
-    if why_not_fused(files.spec, files.weights) is not None:
-        return "torch"
-    return "exact" if dtype == "fp32" else "bf16"
+    That is the fused decoder where the weights can stay packed, in bf16 also on a CPU without such arithmetic, since
+    its products are of whole numbers; else torch, in bf16 where the CPU multiplies it.
+    """
+    dtype, path = settings.dtype, settings.path
+    if path == "auto":
+        files = open_model(settings.model)
+        if why_not_fused(files.spec, files.weights) is not None:
+            path = "torch"
+        else:
+            path = "exact" if dtype == "fp32" else "bf16"
+    if dtype == "auto":
+        dtype = "bf16" if path == "bf16" or _cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
+    return dtype, path
 
 
 def _cpu_flags() -> set[str]:

@@ -128,12 +128,12 @@ class Pipeline:
         like = self._like(passage)
         source = self.order.rank_of(message.source.stage)
         part = like.new_empty(1).expand(boundary_numel(like.numel(), self.tp))
-        return self.pp.receive(part, source, number=self._number(message))
+        return self.pp.receive(part, source, number=self.number(message))
 
     def send(self, message: Message, result: torch.Tensor) -> Pending[torch.Tensor]:
         """Send this rank's part of a message, all of which it has."""
         target = self.order.rank_of(message.target.stage)
-        return self.pp.send(scatter_boundary(result, self.tp), target, number=self._number(message))
+        return self.pp.send(scatter_boundary(result, self.tp), target, number=self.number(message))
 
     def whole(self, pending: Pending[torch.Tensor], passage: Passage) -> torch.Tensor:
         """The tensor of which each rank of `tp` receives a part."""
@@ -144,7 +144,7 @@ class Pipeline:
         model = next(iter(self.stages.values()))
         return torch.empty(1, dtype=model.dtype).expand(*passage.tokens[0].shape, model.spec.hidden)
 
-    def _number(self, message: Message) -> int:
+    def number(self, message: Message) -> int:
         """What tells a message from all others of a step."""
         kind, micro_batch, stage = message.target
         line = 0 if message.skip is None else 1 + message.skip

@@ -7,6 +7,7 @@ is a function of the counts alone, so that every rank makes the same one. It is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,49 +101,51 @@ class _Planner:
         self.each = len(counts) // world
         self.capacity = max(1, int(alpha * (sum(counts) // world)))
         self.native = [sum(counts[place * self.each : (place + 1) * self.each]) for place in range(world)]
-        self.pending = list(self.native)
+        self.load: list[float] = list(self.native)  # given, and of its own to come
         self.assigned = [0] * world
         self.stretches: list[list[Stretch]] = [[] for _ in counts]
 
     def plan(self) -> ExpertPlan:
-        for expert in sorted(range(len(self.counts)), key=lambda e: (-self.counts[e], e)):
-            if self.counts[expert]:
-                self._place(expert, self.counts[expert])
-        merged = tuple(tuple(_merged(each)) for each in self.stretches)
+        for expert in sorted(range(len(self.counts)), key=self.counts.__getitem__, reverse=True):  # ties by number
+            count = self.counts[expert]
+            if count:
+                self._place(expert, expert // self.each, count)
+        merged = tuple(tuple(_merged(each)) if len(each) > 1 else tuple(each) for each in self.stretches)
         loans = [
             Loan(expert, expert // self.each, place)
             for expert, each in enumerate(merged)
+            if len(each) > 1 or (each and each[0].place != expert // self.each)
             for place in sorted({stretch.place for stretch in each} - {expert // self.each})
         ]
         return ExpertPlan(
             stretches=merged, loans=tuple(loans), native_loads=tuple(self.native), loads=tuple(self.assigned)
         )
 
-    def _place(self, expert: int, count: int) -> None:
-        owner = expert // self.each
-        self.pending[owner] -= count
-        room = self._room(owner)
-        stays = count if self.world == 1 else min(count, max(room, 0))
+    def _place(self, expert: int, owner: int, count: int) -> None:
+        over = int(self.load[owner]) - self.capacity  # with this expert, which its owner's load counts already
+        stays = count if over <= 0 or self.world == 1 else max(count - over, 0)
         if stays:
             self._give(expert, owner, 0, stays)
-        start = stays
+        if stays == count:
+            return
+        held = self.load[owner] - (count - stays)
+        start, self.load[owner] = stays, math.inf  # no helper of its own
         while start < count:
-            helper, part = self._helper(owner, count - start)
+            helper, part = self._helper(count - start)
+            self.load[helper] += part
             self._give(expert, helper, start, start + part)
             start += part
+        self.load[owner] = held
 
-    def _room(self, place: int) -> int:
-        return self.capacity - self.assigned[place] - self.pending[place]
+    def _helper(self, left: int) -> tuple[int, int]:
+        """Who takes how many: the least loaded what it has room for, or all that is left if that is not enough.
 
-    def _helper(self, owner: int, left: int) -> tuple[int, int]:
-        """Who takes how many: the least loaded with room for enough, or all that is left goes to the least loaded."""
-        others = [place for place in range(self.world) if place != owner]
-        others.sort(key=lambda place: (self.assigned[place] + self.pending[place], place))
-        for place in others:
-            part = min(left, self._room(place))
-            if part > 0 and (part >= self.min_tokens or part == left):
-                return place, part
-        return others[0], left
+        Others have no more room than the least loaded, so where it has not enough, nobody has.
+        """
+        least = min(range(self.world), key=self.load.__getitem__)
+        part = min(left, self.capacity - int(self.load[least]))
+        enough = part > 0 and (part >= self.min_tokens or part == left)
+        return least, part if enough else left
 
     def _give(self, expert: int, place: int, start: int, stop: int) -> None:
         self.assigned[place] += stop - start
