@@ -82,3 +82,17 @@ def test_spread_counts_the_samples_and_the_machine() -> None:
     assert calibrate._variation([1.0, 1.0, 1.0, 2.0, 2.0]) == pytest.approx(1.0)
     table = calibrate._table("matmul/x", {(1.0,): [1.0, 1.0], (2.0,): [2.0, 2.0]}, moves=0.25)
     assert table.spread == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "times", "runs"),
+    [(0.001, 7, 8), (0.15, 2, 3), (0.3, 2, 2), (0.9, 2, 2), (1.5, 1, 1)],
+)
+def test_a_pass_is_timed_the_less_often_the_longer_it_takes(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, times: int, runs: int
+) -> None:
+    """The first is set-up, and not counted unless it is long."""
+    ran: list[PassShape] = []
+    monkeypatch.setattr(calibrate, "_run", lambda _, cache, shape: ran.append(shape) or {"": seconds})
+    assert list(calibrate._timed(None, None, DECODE)) == [{"": seconds}] * times  # type: ignore[arg-type]
+    assert len(ran) == runs

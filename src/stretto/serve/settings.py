@@ -173,7 +173,7 @@ def load(settings: EngineSettings) -> Model:
         UserError: as `load_model`, and if weights and KV pool exceed this machine's memory.
         FieldError: if more positions are asked for than the model has, or two lanes of a model that cannot run fused.
     """
-    dtype, path = _chosen(settings)
+    dtype, path = chosen(settings)
     if settings.prefill == "lanes" and path == "torch":
         raise FieldError("prefill", settings.prefill, "mixed, for a model whose weights do not stay packed")
     model = load_model(settings.model, dtype=dtype, threads=settings.threads, path=path)
@@ -182,7 +182,7 @@ def load(settings: EngineSettings) -> Model:
     return model
 
 
-def _chosen(settings: EngineSettings) -> tuple[str, str]:
+def chosen(settings: EngineSettings) -> tuple[str, str]:
     """Type and path: what was asked for, and where that says "auto" what is fastest at next to no loss.
 
     That is the fused decoder where the weights can stay packed, in bf16 also on a CPU without such arithmetic, since
