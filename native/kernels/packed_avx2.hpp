@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "levels.hpp"
 #include "packed.hpp"
@@ -118,7 +119,7 @@ STRETTO_TARGET_AVX2 inline void store_bytes(int8_t *to, const __m256i (&q)[4]) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), bytes);
 }
 
-// The eight columns of half `h` of a row's result.
+// The first `width` of eight columns of a row's result, and what lies there.
 STRETTO_TARGET_AVX2 inline void put_eight(Eight total, float *to, int64_t width) {
     if (width >= 8) return _mm256_storeu_ps(to, total);
     alignas(32) float all[8];
