@@ -32,7 +32,7 @@ PROMPTS = [
     "Water boils at",
     "A list of colours: red,",
 ]
-NEW = 24
+NEW = 16
 Said = tuple[tuple[int, ...], tuple[Logprob, ...] | None]
 """The tokens of an answer and, of every other one, their logprobs."""
 
@@ -40,7 +40,7 @@ Said = tuple[tuple[int, ...], tuple[Logprob, ...] | None]
 @pytest.fixture(scope="module", params=["exact", "bf16", "fast"])
 def model(packaged: Path, request: pytest.FixtureRequest) -> Model:
     return load_model(
-        str(packaged), dtype="fp32" if request.param == "exact" else "bf16", path=request.param, threads=1
+        str(packaged), dtype="fp32" if request.param == "exact" else "bf16", path=request.param, threads=2
     )
 
 
