@@ -68,7 +68,7 @@ enum class Path {
 // sixteen, and with the weights, is a product with 12 bits.
 //
 // Weights of 16 bits meet three bf16 numbers whose sum is the element, the largest first (exact), or one; within four neighbours these
-// lie in the order 0, 2, 1, 3.
+// lie in the order 0, 2, 1, 3. By AVX2 the exact ones meet fp32 instead, as it is.
 //
 // `tall` rows make a block: first their values, row by row and plane by plane, each row on a cache line; then, of whole numbers, for
 // each group the scales of all rows and the sums of what their values stand for.

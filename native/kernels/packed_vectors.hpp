@@ -40,7 +40,7 @@ STRETTO_TARGET_BF16 inline Lanes together(const __m512i (&sums)[PLANES]) {
 }
 
 // total + what a group adds to it: `whole`, the sum of its products, with the scales and minima of sixteen columns and the scale and sum
-// of the row's own group. All levels do this in one order, so that their results are the same to the last bit.
+// of the row's own group. All levels, the plain one too, do this in one order, so that their results are the same to the last bit.
 STRETTO_TARGET_BF16 inline Lanes add_group(Lanes total, Lanes whole, Lanes scale, Lanes minimum, float row_scale, float row_sum) {
     total = _mm512_fmadd_ps(scale, _mm512_mul_ps(whole, _mm512_set1_ps(row_scale)), total);
     return _mm512_fmadd_ps(minimum, _mm512_set1_ps(row_sum), total);

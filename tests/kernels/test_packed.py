@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stretto.kernels import _native
 from stretto.kernels.levels import BEST_LEVEL, LEVELS
 from stretto.kernels.packed import PACKED_LEVELS, PATHS, PackedMatrix, concatenate, pack, pack_numbers
 
@@ -157,13 +158,19 @@ def test_the_largest_sums_of_bytes_fit(level: str, path: str, bits: int) -> None
     """Weights as large as there are, activations whose digits all are as far from zero as they can be."""
     values = torch.full((20, 128), 2**bits - 1, dtype=torch.uint8)
     weights = pack(values, torch.ones(20, 2).half(), bits=bits)
-    for digits in (0x7F7F7F, 0x807F80, 0x7F0080):  # of base 256, each from -128 to 127
-        x = torch.full((5, 128), float(digits - (digits & 0x800000) * 2))
-        x[:, ::64] = 0x7F7F00  # the largest, which sets the scale
+    for high, middle, low in ((127, -128, -128), (126, 127, 127), (-127, 127, -128)):
+        x = torch.full((5, 128), float(high * 65536 + middle * 256 + low))
+        x[:, ::64] = 0x7F7F00  # the largest, which makes the scale 1
         for signed in (x, -x):
             found, wanted = (weights.multiply(signed, path=path, level=each) for each in (level, "plain"))  # type: ignore[arg-type]
             assert torch.equal(found, wanted)
             assert error(found, signed, weights.dequantize()) < BOUND[path]
+
+
+def test_a_level_that_this_machine_does_not_run_is_refused() -> None:
+    for better in LEVELS[: LEVELS.index(_native.best_level())]:
+        with pytest.raises(ValueError, match=f"level is {better}; this machine runs up to {_native.best_level()}"):
+            matrix(16, 32, 32, 4, True).multiply(torch.zeros(1, 32), level=better)
 
 
 @pytest.mark.parametrize("path", PATHS)

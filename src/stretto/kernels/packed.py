@@ -8,8 +8,9 @@ weights that is unpacked once for all rows, so that speed is bounded by memory a
 Activations enter a product in one of three ways: "exact" as whole numbers of 24 bits with a scale for each row and
 group (three products of bytes, with errors as fp32 has them), "bf16" as whole numbers of 12 bits (two products of
 bytes, with a fifth of the error of rounding to bf16), "fast" as whole numbers of 8 bits. A row's sums run in one order,
-whatever the number of rows, columns and threads, and inside a group they are exact, so that levels with AVX-512 and
-with AMX give the same bits. Weights of 16 bits meet activations in three bf16 parts, or rounded to one.
+whatever the number of rows, columns and threads, and inside a group they are exact, so that all levels give the same
+bits. Weights of 16 bits meet activations in three bf16 parts (by AVX2 in fp32), or rounded to one, on each level in
+an order of its own.
 
 On one grid (`PackedMatrix.on_grid`, for "bf16") weights are whole numbers over a whole column and activations, in 16
 bits, over a whole row: sums are exact from end to end, all levels give the same bits, and nothing has to be scaled
