@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,15 @@ def test_the_same_from_python(
     assert result.measured.overlaps() == []
     assert result.comparison.measured_s == result.measured.makespan
     assert result.files == {}
+
+
+def test_a_limit_of_seconds_holds_between_arrivals(
+    cache: Path, planned: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    plan = stretto.load(planned[0] / "plan.yaml")
+    slow = replace(plan.job, arrival_gap_s=3600.0, limits=replace(plan.job.limits, seconds=2.0))
+    result = stretto.run(replace(plan, job=slow))
+    assert result.interrupted
+    assert [output["prompt"] for output in result.outputs] == [plan.job.prompts[0]]
+    assert result.comparison.measured_s < 3.0

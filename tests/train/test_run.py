@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -145,6 +146,22 @@ def test_transformers_loads_what_was_exported(job: TrainJob, tmp_path: Path, exp
     assert float(loss) == pytest.approx(result.outputs[-1]["held_out_loss"], rel=2e-5)
     with pytest.raises(UserError, match="exists already"):
         run(job, micro_batch=8)
+
+
+def test_an_export_to_a_full_disk_leaves_nothing_and_may_be_done_again(job: TrainJob, tmp_path: Path) -> None:
+    run(job, micro_batch=8)
+    wanted, most = replace(job, export=str(tmp_path / "model")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    there = sorted(tmp_path.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, most[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"model: export: cannot be written: .*run the job again: .*step-6 is whole"
+        ):
+            run(wanted, micro_batch=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert sorted(tmp_path.iterdir()) == there
+    assert run(wanted, micro_batch=8).files["model"] == wanted.export
 
 
 def test_a_missing_text_starts_nothing(job: TrainJob) -> None:

@@ -5,7 +5,8 @@ loop and on virtual time. Nodes may be added before `run` and while it runs, by 
 will come. A failure is a value (`Failure`): it never breaks the run, and dependents are skipped or fed it. Each attempt
 is a span in the recorder. A durable log keeps what came out, so that a run that was killed goes on where it stood.
 
-What cannot be cancelled (a busy loop, a job on a process) holds its slot and its reservation until it ends.
+What does not await (a busy loop) holds its slot and its reservation until it ends. A job on a thread or a process that
+is cancelled, or late, frees both at once and keeps only its worker until it ends.
 """
 
 from __future__ import annotations

@@ -129,10 +129,15 @@ class Handle:
         """Add a token that came at `at`; true if the answer is complete."""
         self.tokens.append(token)
         self.times_s.append(at)
+        last = token in self.request.stop_tokens
+        if last:
+            self.end("stop", at)  # what was held back comes before it
         if logprob is not None:
             self.logprobs.append(logprob)
             self.offsets.append(self.stream.length)
-        if token in self.request.stop_tokens or self.stream.push(token):
+        if last:
+            return True
+        if self.stream.push(token):
             self.end("stop", at)
         elif self.constraint is not None and (reason := self.constraint.accept(token)) is not None:
             self.end(reason, at)

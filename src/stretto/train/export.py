@@ -51,34 +51,40 @@ def export(job: TrainJob, checkpoint: Path, folder: Path) -> None:
     A model with experts takes Mixtral's form, whose router and experts it has.
 
     Raises:
-        UserError: the folder exists or cannot be written.
+        UserError: the folder exists or cannot be written; nothing is left of it.
     """
     check_place(folder)
-    model = model_of(job)
-    reader = Reader(checkpoint)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
-        if job.adapters is None:
-            tensors = {
-                new: part.contiguous()
-                for name in reader.names()
-                for new, part in _renamed(name, reader.whole(name).float())
-            }
-            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-            _write_json(temporary / "config.json", config_of(model.spec))
-            if isinstance(model.encoder, Tokenizer):
-                model.encoder.save(temporary)
-        else:
-            tensors = {f"base_model.model.{name}.weight": reader.whole(name) for name in reader.names()}
-            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-            _write_json(temporary / "adapter_config.json", _adapter_config(job))
-        temporary.chmod(0o755)
-        os.rename(temporary, folder)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+        try:
+            _write(job, Reader(checkpoint), temporary)
+            temporary.chmod(0o755)
+            os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as problem:
-        why = getattr(problem, "strerror", None) or problem
-        raise UserError(f"cannot be written: {why}", file=str(folder), field="export", right="another place") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot be written: {getattr(problem, 'strerror', None) or problem}",
+            file=str(folder),
+            field="export",
+            right=f"another place, and run the job again: {checkpoint} is whole, no step is repeated",
+        ) from None
+
+
+def _write(job: TrainJob, reader: Reader, folder: Path) -> None:
+    if job.adapters is not None:
+        tensors = {f"base_model.model.{name}.weight": reader.whole(name) for name in reader.names()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(folder / "adapter_config.json", _adapter_config(job))
+        return
+    model = model_of(job)
+    tensors = {
+        new: part.contiguous() for name in reader.names() for new, part in _renamed(name, reader.whole(name).float())
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", config_of(model.spec))
+    if isinstance(model.encoder, Tokenizer):
+        model.encoder.save(folder)
 
 
 def _renamed(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

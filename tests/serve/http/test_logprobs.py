@@ -118,9 +118,11 @@ def llm(chat_folder: object) -> stretto.LLM:
     return stretto.LLM(str(chat_folder), dtype="fp32", threads=1, slots=3)
 
 
-def spoken(model: Model, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[Answer, list[list[tuple[int, int]]]]:
+def spoken(
+    model: Model, tokens: list[int], stop: tuple[str, ...] = (), ends: frozenset[int] = frozenset()
+) -> tuple[Answer, list[list[tuple[int, int]]]]:
     """The answer of these tokens, and the (offset, token)s that came with each piece of text."""
-    request = Request(id=0, prompt=(1,), limit=len(tokens), stop=stop, logprobs=0)
+    request = Request(id=0, prompt=(1,), limit=len(tokens), stop=stop, stop_tokens=ends, logprobs=0)
     handle, pieces, given = Handle(request, 0.0, AnswerText(model.tokenizer, stop)), [], 0
     for token in tokens:
         if handle.take(token, 0.0, Logprob(token=token, logprob=-1.0)):
@@ -141,6 +143,16 @@ def test_parts_of_a_character_begin_where_it_does(real_model: Model) -> None:
     spelt = [Speller(real_model.tokenizer).item(one) for _, one in entries_of(answer)]
     assert b"".join(bytes(one["bytes"]) for one in spelt).decode() == answer.text == "a\U0001f9e9b"
     assert spelt[1]["token"].startswith("bytes:\\xf0")
+
+
+def test_the_token_that_ends_an_answer_inside_a_character_is_left_out(real_model: Model) -> None:
+    tokens = real_model.tokenizer.encode("a\U0001f9e9", special=False)[:-1]
+    end = min(real_model.tokenizer.eos_ids)
+    answer, pieces = spoken(real_model, [*tokens, end], ends=frozenset({end}))
+    assert answer.reason == "stop"
+    assert answer.text == "a\ufffd"
+    assert [one.token for _, one in entries_of(answer)] == tokens
+    assert [token for piece in pieces for _, token in piece] == tokens
 
 
 def test_what_a_stop_string_cuts_is_left_out(real_model: Model) -> None:
