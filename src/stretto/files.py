@@ -294,6 +294,15 @@ def cluster_text(cluster: Cluster) -> str:
     return yaml.safe_dump(cluster.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
 
+def check_place(path: str | Path) -> None:
+    """`UserError` where `write_text` could not write: asked before the work that the file is for."""
+    target = Path(path)
+    folder = target.absolute().parent
+    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "it is a folder" if target.is_dir() else f"{folder} is no folder that may be written"
+        raise UserError(f"the file cannot be written: {why}", file=str(path), right="name a file in one that may be")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file whole or not at all; into what is there and no file (a pipe, a terminal) straight.
 

@@ -174,3 +174,41 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(JOB)
     done = stretto("plan", "job.yaml", "--on", "nowhere.yaml", cwd=tmp_path)
     assert_one_clear_line(done, "nowhere.yaml", "no such file")
+
+
+TRAINING = """\
+kind: train
+shape: {layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 48}
+tokenizer: bytes
+sequence: 32
+global_batch: 8
+"""
+
+
+def test_a_place_for_a_plan_is_looked_at_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)
+    for arguments in (["plan", "job.yaml", "--save", "none/plan.yaml"], ["probe", "--save", "none/here.yaml"]):
+        done = stretto(*arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "the file cannot be written: " in done.stderr
+        assert "none is no folder that may be written" in done.stderr
+
+
+def test_planning_without_torch_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(TRAINING)
+    cluster = Path(__file__).parents[2] / "clusters" / "8xa100.yaml"
+    without = "import sys; sys.modules['torch'] = None; from stretto.cli import main; main()"
+    for arguments in (["plan", "job.yaml", "--on", str(cluster)], ["rank", "job.yaml", "--on", str(cluster)]):
+        done = subprocess.run(
+            [sys.executable, "-c", without, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("\n") == 1
+        assert "torch" in done.stderr
+        assert "pip install 'stretto[models]'" in done.stderr

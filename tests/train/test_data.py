@@ -59,6 +59,13 @@ def test_files_by_pattern_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert list(texts([f"{tmp_path}/*.txt", f"{tmp_path}/c.md"])) == ["a.txt", "b.txt", "c.md"]
 
 
+def test_a_name_may_hold_what_is_a_pattern_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "notes[1].txt").write_text("a")
+    assert list(texts([str(tmp_path / "notes[1].txt")])) == ["a"]
+    with pytest.raises(UserError, match=r"data\.0: '~nobody-here/x\.txt' cannot be found: "):
+        check_sources(["~nobody-here/x.txt"])
+
+
 def test_the_reference_is_on_every_machine() -> None:
     (text,) = texts([REFERENCE])
     assert len(text) > 100_000

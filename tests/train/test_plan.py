@@ -30,7 +30,7 @@ def node() -> Cluster:
 
 def plan_of(**choices: Any) -> TrainPlan:
     plan = kit.plan_of(kit.job_of(), **choices)
-    return replace(plan, devices=("node0/gpu0",) * plan.grid.world, threads=None)
+    return replace(plan, devices=tuple(f"node0/gpu{rank}" for rank in range(plan.grid.world)), threads=None)
 
 
 def test_every_factoring_of_the_devices_is_weighed_once(node: Cluster) -> None:

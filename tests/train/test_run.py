@@ -106,6 +106,17 @@ def test_a_run_goes_on_bit_by_bit(job: TrainJob, tmp_path: Path) -> None:
     assert again.remarks == ("there was nothing left to do: the newest checkpoint has all steps",)
 
 
+def test_another_text_is_not_gone_on_with(job: TrainJob, tmp_path: Path) -> None:
+    run(replace(job, steps=3), micro_batch=8)
+    text = Path(job.data[0])
+    whole = text.read_text()
+    text.write_text(whole.replace("sea shore", "sea front"))
+    with pytest.raises(UserError, match=r"data: is text of digest \w+, and .*step-3 goes on from another; text of "):
+        run(job, micro_batch=8)
+    text.write_text(whole)
+    assert [row["step"] for row in run(job, micro_batch=8).outputs] == [3, 4, 5]
+
+
 def test_another_layout_goes_on_too(job: TrainJob, tmp_path: Path) -> None:
     job = replace(job, dtype="fp64", optimizer=replace(job.optimizer, decay="constant"))
     run(replace(job, steps=3), pp=2, micro_batch=2)

@@ -21,7 +21,7 @@ from stretto.cli.format import cell, interval
 from stretto.core.errors import UserError
 from stretto.core.plan import Prediction
 from stretto.core.search import Ranking
-from stretto.files import load_cluster, load_job, save_plan
+from stretto.files import check_place, load_cluster, load_job, save_plan
 from stretto.hardware.what_if import changed
 from stretto.serve.deploy.asking import adjusted, fewest_devices
 from stretto.serve.deploy.emit import commands
@@ -43,6 +43,8 @@ def plan(
     as_json: bool = typer.Option(False, "--json", help="Print the ranking as JSON."),
 ) -> None:
     """Rank the ways to run JOB, with a reason for each that cannot run."""
+    if save is not None:
+        check_place(save)
     asked = adjusted(load_job(job), trace=None if trace is None else str(trace), objective=objective)
     if (emit is not None or fewest) and asked.kind != "deployment":
         raise UserError(f"the job's kind is {asked.kind}", right="--emit and --fewest are for kind deployment")

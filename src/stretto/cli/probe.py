@@ -10,7 +10,7 @@ from rich.table import Table
 import stretto
 from stretto.cli.app import app, console, print_json, progress_bar
 from stretto.cli.format import quantity
-from stretto.files import cluster_text, write_text
+from stretto.files import check_place, cluster_text, write_text
 from stretto.hardware.cluster import Cluster
 
 
@@ -21,6 +21,8 @@ def probe(
     save: Path | None = typer.Option(None, "--save", help="Write the cluster file here."),
 ) -> None:
     """Measure this machine's devices and links; the answer is cached."""
+    if save is not None:
+        check_place(save)
     with progress_bar(quiet=as_json) as progress:
         cluster = stretto.probe(again=again, progress=progress)
     if save is not None:

@@ -13,6 +13,7 @@ import stretto
 from stretto.cli.app import app, console, print_json
 from stretto.cli.run import interruptible
 from stretto.core.errors import UserError
+from stretto.hardware.probe import is_this_machine
 
 
 @app.command()
@@ -22,13 +23,20 @@ def rank(
     as_json: bool = typer.Option(False, "--json", help="Print a line of JSON for each thing that happens."),
 ) -> None:
     """Be one rank of a training plan: torchrun --nnodes 2 --nproc-per-node 4 ... -m stretto rank plan.yaml."""
-    from stretto.train.joined import join
-
+    try:
+        from stretto.train.joined import join
+    except ImportError as problem:
+        raise UserError(f"ranks need torch ({problem})", right="pip install 'stretto[models]'") from None
     chosen = stretto.load(what)
     if not isinstance(chosen, stretto.Plan):
         if on is None:
             raise UserError("a job needs the machines it is for", file=str(what), right="--on CLUSTER, or a plan file")
-        chosen = stretto.plan(chosen, on=on).best  # every rank finds the same one
+        machines = stretto.load_cluster(on)
+        if is_this_machine(machines):
+            # Ranks that measured side by side would disturb each other, and choose each its own plan.
+            right = f"stretto plan {what} --on {on} --save plan.yaml, and that plan file here"
+            raise UserError("is this machine, which is measured before it is planned for", file=str(on), right=right)
+        chosen = stretto.plan(chosen, on=machines).best  # every rank finds the same one
     if chosen.kind != "train":
         raise UserError(f"is of kind {chosen.kind}", file=str(what), field="kind", right="train")
 

@@ -172,14 +172,25 @@ class Cluster:
         Raises:
             ValueError: if a path is unknown or nothing joins them, naming both.
         """
+        joining = self._joining(a, b)
+        if not joining or a == b:
+            raise ValueError(f"cluster {self.name} has no link between {a} and {b}")
+        return max(joining, key=lambda link: link.bandwidth)
+
+    def _joining(self, a: str, b: str) -> list[Link]:
         for path in (a, b):
             self.device(path)
         node_a, node_b = node_of(a), node_of(b)
         shared = self._fabrics[node_a] if node_a == node_b else self._network
-        joining = [link for link in self.links if _covers(link, a, b)] + ([shared] if shared else [])
-        if not joining or a == b:
-            raise ValueError(f"cluster {self.name} has no link between {a} and {b}")
-        return max(joining, key=lambda link: link.bandwidth)
+        return [link for link in self.links if _covers(link, a, b)] + ([shared] if shared else [])
+
+    def joins(self, a: str, b: str) -> bool:
+        """Whether there is a link between two devices.
+
+        Raises:
+            ValueError: if a path is unknown.
+        """
+        return a != b and bool(self._joining(a, b))
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that change with every figure of the machines and their links."""

@@ -92,7 +92,7 @@ def machine_identity() -> str:
         platform.machine(),
         _cpu_field("model name"),
         _cpu_field("flags"),
-        str(_cores()),
+        str(cores_here()),
         str(memory_bytes_here()),
     ]
     return hashlib.sha256("\n".join([str(_SCHEMA), _native.best_level(), *told]).encode()).hexdigest()[:16]
@@ -132,7 +132,7 @@ def _cluster(name: str, device: Device) -> Cluster:
 
 
 def _measure(progress: Progress) -> Cluster:
-    cores, level = _cores(), _native.best_level()
+    cores, level = cores_here(), _native.best_level()
     teams = sorted({1, (cores + 1) // 2, cores})
     steps: Iterator[int] = iter(range(1, 100))
     total = 3 + 2 * len(teams) + _PEAK_ATTEMPTS
@@ -345,8 +345,21 @@ def _aligned(size: int) -> NDArray[np.uint8]:
 # --- what the system says
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores_here() -> int:
+    """Cores that this process may run on, or the whole ones that its control group gives it time for."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, int(_cpu_quota())))
+
+
+def _cpu_quota() -> float:
+    """Seconds of CPU a second that the control group of this process allows; no limit: more than there can be."""
+    first = "/sys/fs/cgroup/cpu/cpu.cfs_"
+    texts = _text("/sys/fs/cgroup/cpu.max").split() or [
+        _text(f"{first}{name}_us").strip() for name in ("quota", "period")
+    ]
+    if len(texts) == 2 and all(text.isdigit() for text in texts) and int(texts[1]):
+        return int(texts[0]) / int(texts[1])
+    return float(1 << 30)
 
 
 def memory_bytes_here() -> int:

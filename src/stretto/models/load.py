@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stretto.core.errors import UserError
+from stretto.hardware.probe import cores_here
 from stretto.models.configs import spec_from_config, spec_from_gguf
 from stretto.models.gguf_file import read_gguf
 from stretto.models.passes import arithmetic
@@ -97,7 +98,7 @@ def load_model(
         raise UserError("path torch keeps no keys and values in 4 bits", field="dtype", right="fp32 or bf16")
     if path != "torch" and shard is not None:
         raise UserError("the fused decoder is not split over ranks yet", field="path", right="torch")
-    return compute(_load, name_or_path, dtype, threads or len(os.sched_getaffinity(0)), shard, path)
+    return compute(_load, name_or_path, dtype, threads or cores_here(), shard, path)
 
 
 def _load(name_or_path: str, dtype: str, threads: int, shard: Shard | None, path: str) -> Model:

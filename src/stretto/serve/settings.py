@@ -6,7 +6,6 @@ never put back for want of pages.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from stretto.core.clock import RealClock
 from stretto.core.errors import FieldError, UserError, require
 from stretto.core.record import Recorder
 from stretto.core.trace import Key
-from stretto.hardware.probe import memory_bytes_here
+from stretto.hardware.probe import cores_here, memory_bytes_here
 from stretto.models.calibrate import warm_up
 from stretto.models.kv_cache import PAGE_TOKENS
 from stretto.models.kv_packed import PAGE_TOKENS as KV_PAGE_TOKENS
@@ -107,7 +106,7 @@ class EngineSettings:
     @property
     def lane_threads(self) -> int:
         """CPU threads of each of two lanes."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+        return self.threads or max(1, cores_here() // 2)
 
     def longest(self, spec: ModelSpec) -> int:
         """Positions of the longest request.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from stretto.core.errors import FieldError
 from stretto.core.plan import Refusal
 from stretto.hardware.cluster import Cluster
-from stretto.hardware.device import Device
 from stretto.models.parallel.layout import pieces
 from stretto.models.spec import ModelSpec
+from stretto.train.costs import modelled_dtype
 from stretto.train.job import TrainJob
 from stretto.train.memory import peak_bytes
 from stretto.train.plan import TrainPlan, balanced
@@ -15,7 +17,12 @@ from stretto.train.plan import TrainPlan, balanced
 
 def check(job: TrainJob, plan: TrainPlan, spec: ModelSpec, cluster: Cluster) -> Refusal | None:
     """None if the plan can run, else why not and the nearest change that would."""
-    return check_layout(job, plan, spec) or _check_memory(job, plan, spec, cluster)
+    return (
+        check_layout(job, plan, spec)
+        or _check_devices(job, plan, cluster)
+        or _check_links(plan, cluster)
+        or _check_memory(job, plan, spec, cluster)
+    )
 
 
 def check_layout(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> Refusal | None:
@@ -79,27 +86,59 @@ def _check_order(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> Refusal | N
     return None
 
 
+def _check_devices(job: TrainJob, plan: TrainPlan, cluster: Cluster) -> Refusal | None:
+    known = cluster.devices()
+    for path, ranks in Counter(plan.devices).items():
+        if path not in known:
+            first = ", ".join(list(known)[:4])
+            return Refusal(reason=f"there is no device {path}", nearest=f"it has {first}; plan anew for these machines")
+        device = known[path]
+        if device.kind == "gpu" and ranks > 1:
+            gpus = sum(each.kind == "gpu" for each in known.values())
+            return Refusal(reason=f"{ranks} ranks are on {path}, and a GPU runs one", nearest=f"processes: {gpus}")
+        dtype = modelled_dtype(job, device)
+        if dtype not in device.peak_flops:
+            able = [name for name in ("fp32", "bf16") if name in device.peak_flops]
+            has = ", ".join(device.peak_flops) or "none"
+            return Refusal(
+                reason=f"{device.name} has no peak for {dtype} (peak_flops: {has})",
+                nearest=f"dtype: {able[0]}" if able else f"the device's peak_flops.{dtype}",
+            )
+    return None
+
+
+def _check_links(plan: TrainPlan, cluster: Cluster) -> Refusal | None:
+    """Ranks of a group talk to their neighbours, the last one to the first."""
+    for axis, size in plan.grid.axes:
+        for group in plan.grid.groups(axis) if size > 1 else ():
+            paths = [plan.devices[rank] for rank in group]
+            for a, b in zip(paths, [*paths[1:], paths[0]], strict=True):
+                if a != b and not cluster.joins(a, b):
+                    return Refusal(
+                        reason=f"ranks of {axis} are on {a} and {b}, and the cluster names no link between them",
+                        nearest="`link` of the node, or `network` of the cluster",
+                    )
+    return None
+
+
 def _check_memory(job: TrainJob, plan: TrainPlan, spec: ModelSpec, cluster: Cluster) -> Refusal | None:
-    strange = next((path for path in plan.devices if path not in cluster.devices()), None)
-    if strange is not None:
-        known = ", ".join(list(cluster.devices())[:4])
-        return Refusal(reason=f"there is no device {strange}", nearest=f"it has {known}; plan anew for these machines")
-    device = cluster.device(plan.devices[0])
-    needed = max(peak_bytes(job, plan, spec))
-    allowed = _allowed(job, plan, device)
-    if needed <= allowed:
-        return None
+    ranks = len(plan.devices) // plan.pp
+    crowds = Counter(plan.devices)
+    for place, needed in enumerate(peak_bytes(job, plan, spec)):
+        for path in dict.fromkeys(plan.devices[place * ranks : (place + 1) * ranks]):
+            allowed = cluster.device(path).memory_bytes / crowds[path]
+            if job.limits.memory_gb is not None:
+                allowed = min(allowed, job.limits.memory_gb * 1e9)
+            if needed > allowed:
+                return _too_full(plan, path, needed, allowed)
+    return None
+
+
+def _too_full(plan: TrainPlan, path: str, needed: float, allowed: float) -> Refusal:
     change = (
         "recompute" if not plan.recompute else "more ranks of pp or tp" if plan.micro_batch == 1 else "a smaller pass"
     )
     return Refusal(
-        reason=f"the fullest rank needs {needed / 1e9:.2f} GB and may have {allowed / 1e9:.2f} GB",
+        reason=f"a rank on {path} needs {needed / 1e9:.2f} GB and may have {allowed / 1e9:.2f} GB",
         nearest=f"{change} needs less",
     )
-
-
-def _allowed(job: TrainJob, plan: TrainPlan, device: Device) -> float:
-    """Bytes that a rank may have: its device's, shared with the ranks beside it there, or the job's limit."""
-    beside = plan.devices.count(plan.devices[0]) if device.kind == "cpu" else 1
-    own = device.memory_bytes / beside
-    return own if job.limits.memory_gb is None else min(own, job.limits.memory_gb * 1e9)

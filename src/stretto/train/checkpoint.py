@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from safetensors.torch import save_file
 from stretto.comm.transport import Axis
 from stretto.core.errors import UserError
 from stretto.models.causal_layers import Placement
-from stretto.train.job import TrainJob
 from stretto.train.trainer import Trainer
 
 FORMAT = 2
@@ -67,7 +66,7 @@ def save(trainer: Trainer, folder: Path, *, keep: int) -> Path:
     everyone = transport.axis(*(name for name, _ in transport.grid.axes))
     try:
         if transport.rank == 0:
-            shutil.rmtree(writing, ignore_errors=True)
+            _drop_unfinished(folder)
             writing.mkdir(parents=True)
         everyone.barrier()
         _together(everyone, lambda: _write_part(trainer, writing))
@@ -78,6 +77,7 @@ def save(trainer: Trainer, folder: Path, *, keep: int) -> Path:
             _drop_old(folder, keep)
         everyone.barrier()
     except (OSError, SafetensorError) as problem:
+        shutil.rmtree(writing, ignore_errors=True)  # it may be what has filled the disk
         raise _unwritable(folder, problem) from None
     return final
 
@@ -119,7 +119,7 @@ def load(trainer: Trainer, checkpoint: Path) -> None:
         UserError: the files are damaged, or of another model, optimizer or order of the data.
     """
     reader = Reader(checkpoint)
-    for field, own in _bound(trainer.job).items():
+    for field, own in _bound(trainer).items():
         stored = reader.job.get(field)
         if stored != own:
             right = f"{stored}, with which it was trained, or another checkpoint folder"
@@ -244,7 +244,7 @@ def _write_part(trainer: Trainer, folder: Path) -> None:
 
 
 def _write_index(trainer: Trainer, folder: Path) -> None:
-    index: dict[str, Any] = {"format": FORMAT, "step": trainer.step, "job": _bound(trainer.job)}
+    index: dict[str, Any] = {"format": FORMAT, "step": trainer.step, "job": _bound(trainer)}
     index |= {"plan": str(trainer.plan), "tensors": {}, "parts": [], "files": {}}
     for listed in sorted(folder.glob("rank-*.json")):
         one = json.loads(listed.read_text(encoding="utf-8"))
@@ -272,10 +272,24 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _bound(job: TrainJob) -> dict[str, Any]:
-    """What decides, beside the weights, what the next steps see and draw, by the field of the job."""
-    fields = ("seed", "sequence", "global_batch", "held_out")
-    return {field: getattr(job, field) for field in fields} | {"optimizer.name": job.optimizer.name}
+def _bound(trainer: Trainer) -> dict[str, Any]:
+    """What decides, beside the weights, what they mean and what the next steps see and draw, by the job's field."""
+    job = trainer.job
+    found: dict[str, Any] = {field: getattr(job, field) for field in ("seed", "sequence", "global_batch", "held_out")}
+    found["optimizer.name"] = job.optimizer.name
+    if job.adapters is not None:
+        rank, alpha, targets = job.adapters.rank, job.adapters.alpha, sorted(job.adapters.targets)
+        found |= {"model": job.model, "adapters.rank": rank, "adapters.alpha": alpha, "adapters.targets": targets}
+    shape = "model" if job.shape is None else "shape"
+    found |= {f"{shape}.{name}": value for name, value in asdict(trainer.spec).items()}
+    found["data"] = f"text of digest {trainer.data.digest}"
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Remove what a run left that was killed while it wrote."""
+    for part in folder.glob(f"step-*{_PARTIAL}"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _damaged(file: Path, why: str) -> UserError:

@@ -11,7 +11,8 @@ import glob
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +64,11 @@ class Samples:
 
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.length)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the stream's tokens."""
+        return sha256(np.ascontiguousarray(self.tokens).data).hexdigest()[:16]
 
     def at(self, numbers: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens and targets int64 [len(numbers), length] of some sequences."""
@@ -130,8 +136,14 @@ def _reference() -> str:
 
 
 def _files(pattern: str, field: str) -> list[Path]:
-    found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-    files = [Path(name) for name in found if Path(name).is_file()]
+    try:
+        named = Path(pattern).expanduser()
+    except RuntimeError as problem:
+        right = "the path of a text file"
+        raise UserError(f"{pattern!r} cannot be found: {problem}", field=field, right=right) from None
+    if named.is_file():  # a name may hold what is a pattern elsewhere
+        return [named]
+    files = [Path(name) for name in sorted(glob.glob(str(named), recursive=True)) if Path(name).is_file()]
     if not files:
         right = f"{REFERENCE}, the path of a text file, or {_HUB}NAME for a Hugging Face data set"
         raise UserError(f"there is no file {pattern!r}", field=field, right=right)

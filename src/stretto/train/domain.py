@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
+from stretto.core.errors import UserError
 from stretto.core.plan import Context, Plan, Prediction, Progress, Refusal, Result
 from stretto.hardware.cluster import Cluster
 from stretto.models.spec import ModelSpec
@@ -18,9 +19,17 @@ _BEYOND_PEAK = 1.5
 
 @lru_cache(maxsize=16)
 def spec_of(job: TrainJob) -> ModelSpec:
-    """The spec of a job's model."""
-    from stretto.train.session import model_of
+    """The spec of a job's model.
 
+    Raises:
+        UserError: the model cannot be had, or torch is missing.
+    """
+    try:
+        from stretto.train.session import model_of
+    except ImportError as problem:
+        raise UserError(
+            f"training jobs need torch, also to be planned ({problem})", right="pip install 'stretto[models]'"
+        ) from None
     return model_of(job).spec
 
 
@@ -50,11 +59,9 @@ class TrainDomain:
         spec = spec_of(job)
         counted = spec.parameters() - (0 if spec.tied_embeddings else spec.vocab * spec.hidden)
         passes = 3.0 if job.adapters is None else 2.0
-        device = cluster.device(plan.devices[0])
-        peak = max(device.peak_flops.values()) * _BEYOND_PEAK
-        devices = len(set(plan.devices))
+        peaks = sum(max(cluster.device(path).peak_flops.values(), default=0.0) for path in set(plan.devices))
         active = counted * (spec.top_k / spec.experts if spec.experts else 1.0)
-        return peak * devices / (2.0 * passes * active)
+        return peaks * _BEYOND_PEAK / (2.0 * passes * active)
 
     def simulate(self, job: TrainJob, plan: TrainPlan, cluster: Cluster) -> Prediction:
         from stretto.train.predict import predict
@@ -63,10 +70,11 @@ class TrainDomain:
 
     def prepare(self, job: TrainJob, cluster: Cluster, progress: Progress) -> Cluster:
         from stretto.train.data import check_sources
-        from stretto.train.prepare import prepare
 
         check_sources(job.data)
         spec = spec_of(job)
+        from stretto.train.prepare import prepare
+
         able = (plan for plan in self.candidates(job, cluster) if self.check(job, plan, cluster) is None)
         return prepare(job, spec, able, cluster, progress)
 

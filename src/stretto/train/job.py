@@ -130,6 +130,8 @@ class Layout:
         schedule: the pipeline's order.
         chunks: stages a pipeline rank.
         micro_batch: sequences of one pass.
+        attention, cp_layout, experts: as in a plan; left out, blockwise rings, zigzag where the sequence divides, and
+            lent experts, which are not weighed against the others.
     """
 
     dp: int | None = None
@@ -140,6 +142,9 @@ class Layout:
     schedule: str | None = None
     chunks: int | None = None
     micro_batch: int | None = None
+    attention: Literal["blockwise", "rsa", "all_to_all"] | None = None
+    cp_layout: Literal["contiguous", "zigzag"] | None = None
+    experts: Literal["llep", "ep"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("dp", "ep", "pp", "cp", "tp", "chunks", "micro_batch"):

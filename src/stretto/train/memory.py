@@ -44,11 +44,25 @@ def trained_numel(job: TrainJob, plan: TrainPlan, spec: ModelSpec, pipeline_rank
 
 def boundary_bytes(job: TrainJob, plan: TrainPlan, spec: ModelSpec) -> float:
     """Of a tensor that goes from stage to stage."""
-    return _width(job) * plan.micro_batch * (job.sequence // plan.cp) * spec.hidden
+    return number_bytes(job) * plan.micro_batch * (job.sequence // plan.cp) * spec.hidden
 
 
-def _width(job: TrainJob) -> float:
-    """Bytes of a number."""
+Numels = dict[tuple[str, ...], list[int]]
+"""Numbers of parameters by the axes over which their gradients are summed."""
+
+
+def summed_numels(job: TrainJob, plan: TrainPlan, spec: ModelSpec, pipeline_rank: int) -> Numels:
+    """Of a rank, where there is more than one to sum over."""
+    groups: Numels = {}
+    for each in _of_rank(job, plan, spec, pipeline_rank):
+        axes = (*(axis for axis in DATA_AXES if axis not in each.split), *each.partial)
+        if each.trained and plan.grid.size(*axes) > 1:
+            groups.setdefault(axes, []).append(each.numel)
+    return groups
+
+
+def number_bytes(job: TrainJob) -> float:
+    """Of a weight, and of what goes between ranks."""
     return 8.0 if job.dtype == "fp64" else 4.0
 
 
@@ -83,7 +97,7 @@ class _Walk:
 
     def __init__(self, job: TrainJob, plan: TrainPlan, spec: ModelSpec, order: Order, rank: int):
         self.job, self.plan, self.spec, self.order, self.rank = job, plan, spec, order, rank
-        self.width = _width(job)
+        self.width = number_bytes(job)
         self.pieces = pass_bytes(job, plan, spec)
         self.mine = _of_rank(job, plan, spec, rank)
         self.grads_of = {
@@ -159,12 +173,9 @@ class _Walk:
 
     def _summing(self) -> float:
         """Bytes of the largest bucket's copies while gradients are summed."""
-        groups: dict[tuple[str, ...], list[int]] = {}
-        for each in self.mine:
-            axes = (*(axis for axis in DATA_AXES if axis not in each.split), *each.partial)
-            if each.trained and self.plan.grid.size(*axes) > 1:
-                groups.setdefault(axes, []).extend(cut(each.numel))
-        buckets = [sum(bucket) for numels in groups.values() for bucket in in_buckets(numels, lambda numel: numel)]
+        groups = summed_numels(self.job, self.plan, self.spec, self.rank).values()
+        pieces = [[piece for numel in numels for piece in cut(numel)] for numels in groups]
+        buckets = [sum(bucket) for numels in pieces for bucket in in_buckets(numels, lambda numel: numel)]
         tied = self.spec.tied_embeddings and self.plan.pp > 1 and self.rank in (0, self.plan.pp - 1)
         parts = cut(round(self.grads_of["embed"] / self.width)) if tied else []
         table = self.width * max(parts, default=0)  # what comes from the other end

@@ -144,7 +144,9 @@ def candidates(job: TrainJob, spec: ModelSpec, cluster: Cluster) -> Iterator[Tra
                     schedule=schedule,
                     chunks=chunks,
                     layers=balanced(spec, stages),
-                    cp_layout="zigzag" if degrees["cp"] > 1 else "contiguous",
+                    attention=job.layout.attention or "blockwise",
+                    cp_layout=job.layout.cp_layout or _cp_layout(job.sequence, degrees["cp"]),
+                    experts=job.layout.experts or "llep",
                 )
                 none = False
                 yield from _passes(job, plan)
@@ -181,14 +183,19 @@ def _ranks(job: TrainJob, cluster: Cluster) -> Iterator[tuple[tuple[str, ...], i
         count = job.processes or len(gpus)
         yield tuple(gpus[index % len(gpus)] for index in range(count)), None
         return
-    cores = [path for path, device in devices.items() for _ in range(device.units)]
-    units = next(iter(devices.values())).units
-    for count in sorted({1, len(cores)}) if job.processes is None else (job.processes,):
-        paths = tuple(cores[index * len(cores) // count] for index in range(count)) if count <= len(cores) else cores
-        yield (
-            tuple(paths[index % len(paths)] for index in range(count)),
-            max(1, min(units, len(cores) // count)),
-        )
+    cores = sum(device.units for device in devices.values())
+    for count in sorted({1, cores}) if job.processes is None else (job.processes,):
+        share = dict.fromkeys(devices, 0)
+        for _ in range(count):
+            freest = max(devices, key=lambda path: devices[path].units / (share[path] + 1))
+            share[freest] += 1
+        threads = min(devices[path].units // ranks for path, ranks in share.items() if ranks)
+        yield tuple(path for path, ranks in share.items() for _ in range(ranks)), max(1, threads)
+
+
+def _cp_layout(sequence: int, cp: int) -> Literal["contiguous", "zigzag"]:
+    """Zigzag evens out a causal mask; it takes two pieces a rank."""
+    return "zigzag" if cp > 1 and sequence % (2 * cp) == 0 else "contiguous"
 
 
 def _degrees(job: TrainJob, spec: ModelSpec, world: int) -> Iterator[dict[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from stretto.core.errors import UserError, require
+from stretto.hardware.probe import cores_here
 from stretto.models.load import open_model
 from stretto.models.quantize.checkpoint import check_place, write_checkpoint
 from stretto.models.quantize.layerwise import Progress, Recipe, quantise_model
@@ -76,7 +76,7 @@ def quantise_to(
         UserError: the model or the text cannot be read, the method needs a text, or the folder cannot be made.
     """
     check_place(folder)
-    return compute(_run, folder, name_or_path, recipe, text, threads or len(os.sched_getaffinity(0)), progress)
+    return compute(_run, folder, name_or_path, recipe, text, threads or cores_here(), progress)
 
 
 def text_windows(tokenizer: Tokenizer, text: Calibration) -> torch.Tensor:
