@@ -252,3 +252,22 @@ def test_a_limit_of_seconds_holds_between_arrivals(
     assert result.interrupted
     assert [output["prompt"] for output in result.outputs] == [plan.job.prompts[0]]
     assert result.comparison.measured_s < 3.0
+
+
+def test_ranks_do_not_each_plan_for_a_machine_that_is_measured(cache: Path, tmp_path: Path) -> None:
+    stretto_json(cache, tmp_path, "probe", "--save", "here.yaml")
+    (tmp_path / "job.yaml").write_text("kind: train\nshape: {layers: 2, hidden: 32, heads: 4, kv_heads: 2, ffn: 48}\n")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run(
+        command("rank", "job.yaml", "--on", "here.yaml"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "here.yaml: is this machine, which is measured" in done.stderr
+    assert "stretto plan job.yaml --on here.yaml --save plan.yaml" in done.stderr
