@@ -9,6 +9,7 @@ void bind_packing(nb::module_ &m);
 void bind_decoder(nb::module_ &m);
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // what a process holds when it ends is nothing to tell its user of
     m.doc() = "CPU kernels; the Python faces and plain references are in stretto.kernels.";
     bind_attention(m);
     bind_elementwise(m);

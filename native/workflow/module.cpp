@@ -153,6 +153,7 @@ class Rollouts {
 
 NB_MODULE(_native, m) {
     using namespace nb::literals;
+    nb::set_leak_warnings(false);  // what a process holds when it ends is nothing to tell its user of
     m.doc() = "Rollouts of stretto.workflow.portfolio; the Python face is rollouts.py, the plain twin plain.py.";
     nb::class_<Rollouts>(m, "Rollouts")
         .def(nb::init<Array<uint64_t>, Array<int64_t>, Array<double>, Array<uint64_t>, Array<double>, Array<double>,

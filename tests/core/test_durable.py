@@ -9,7 +9,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +314,88 @@ def test_the_real_clock_writes_the_same_log(tmp_path: Path) -> None:
     assert asyncio.run(main()) == [1]
     with open_log(tmp_path, of="") as log:
         assert log.finished["0"].value == 1
+
+
+def test_a_second_run_with_the_same_log_finds_what_the_first_made(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    async def ask(log: DurableLog) -> tuple[list[Any], float]:
+        graph = Graph(RealClock(), log=log, budget=3.0)
+
+        async def call() -> Paid:
+            made.append(1)
+            return Paid((1, "x"), 1.0)
+
+        graph.add(call, terms=Terms(bound=2.0), key="call")
+        graph.close()
+        return await graph.run(), graph.spent
+
+    with open_log(tmp_path) as log:
+        first, again = asyncio.run(ask(log)), asyncio.run(ask(log))
+        spent = log.spent
+    assert first == again == ([[1, "x"]], 1.0)
+    assert made == [1]
+    with open_log(tmp_path) as log:
+        assert log.spent == spent == 1.0
+
+
+def test_a_flush_that_failed_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = DurableLog(tmp_path / "log", beat_s=0.01)
+    failed, fsync = threading.Event(), os.fsync
+
+    def broken(file: int) -> None:
+        failed.set()
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    log.paid("a", 1.0)
+    assert failed.wait(10)
+    log._flusher.join(10)  # type: ignore[union-attr]
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match="the log cannot be written: Input/output error"):
+        log.close()
+
+
+def test_what_is_no_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/dev/null: the log cannot be written: "):
+        DurableLog("/dev/null")
+
+
+def test_a_record_that_is_nested_too_deep_is_damage(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.paid("a", 1.0)
+    deep = b'["end","b",1.0,null,' + b"[" * 100_000 + b"]" * 100_000 + b"]"
+    with (tmp_path / "log").open("ab") as file:
+        file.write(b"%08x %b\n" % (zlib.crc32(deep), deep))
+    with open_log(tmp_path) as log:
+        assert log.finished == {}
+
+
+def test_processes_that_a_writer_forked_do_not_keep_its_log_when_it_is_killed(tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+from stretto.core.durable import DurableLog
+log = DurableLog(sys.argv[1])
+child = os.fork()
+if child == 0:
+    log.close()
+    time.sleep(30)
+    os._exit(0)
+print(child, flush=True)
+time.sleep(30)
+"""
+    path = tmp_path / "log"
+    writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    child = int(writer.stdout.readline())
+    try:
+        with pytest.raises(UserError, match="another process writes this log"):
+            DurableLog(path)
+        writer.kill()
+        writer.wait(10)
+        os.kill(child, 0)  # it is alive
+        DurableLog(path).close()
+    finally:
+        writer.kill()
+        writer.stdout.close()
+        os.kill(child, signal.SIGKILL)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from stretto.core.errors import UserError
 from stretto.models import load_model
+from stretto.models.assemble import _Builder
+from stretto.models.quantized import PackedTensor
 from stretto.models.source import find_model
 
 
@@ -87,6 +92,20 @@ def test_names_that_lead_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         find_model(name)
 
 
+def test_names_that_cannot_be_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="aaa: cannot be looked for: File name too long; give "):
+        find_model("/" + "a" * 300)
+    with pytest.raises(UserError, match="cannot be looked for: Could not determine home"):
+        find_model("~nobody-here/model")
+
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", closed)
+    with pytest.raises(UserError, match="cannot be looked for: Permission denied"):
+        find_model(str(tmp_path))
+
+
 def test_unknown_types_and_thread_counts() -> None:
     with pytest.raises(UserError, match="fp32, bf16"):
         load_model("default", dtype="fp64")
@@ -98,3 +117,26 @@ def test_missing_torch_names_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install 'stretto\[models\]'"):
         load_model("default")
+
+
+def test_a_packed_embedding_of_another_width_is_refused() -> None:
+    class Packed(PackedTensor):
+        shape = (260, 96)
+        nbytes = 0
+
+        def dequantize(self, dtype: Any = None) -> Any:
+            raise AssertionError
+
+        def rows(self, index: Any) -> Any:
+            return index
+
+    weights = SimpleNamespace(sources={"model.embed_tokens.weight": Packed()}, file="model.gguf")
+    for hidden in (64, 96):
+        spec = SimpleNamespace(vocab=260, hidden=hidden)
+        assembling: Any = SimpleNamespace(weights=weights, spec=spec)
+        if hidden == 96:
+            assert _Builder.embed(assembling)(torch.tensor(3)) == 3
+            continue
+        says = r"model\.gguf: tensor model\.embed_tokens\.weight has shape \(260, 96\); expected \(260, 64\)"
+        with pytest.raises(UserError, match=says):
+            _Builder.embed(assembling)

@@ -117,6 +117,8 @@ def test_a_quantised_cache_moves_fewer_bytes() -> None:
             "rope_scaling.factor: is .0.5.; it must",
         ),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_theta": 10**400}, "rope_theta: is '1000+'; it must be a finite number"),
+        ({"rope_theta": float("inf")}, "rope_theta: is 'inf'"),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused(change: dict[str, Any], names: str) -> None:

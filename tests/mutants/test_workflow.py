@@ -218,7 +218,7 @@ MUTANTS = {
             "self._rounds: list[Round] = []",
             "self._rounds: list[Round] = compiler.by_name.setdefault('', [])",
         ),
-        Mutant("all tools together have no limit", "workflow/tool.py", 'pool="tools",', 'pool="",'),
+        Mutant("all tools together have no limit", "workflow/tool.py", 'pools=("tools",),', "pools=(),"),
         Mutant(
             "prompts cost nothing",
             "workflow/llm.py",

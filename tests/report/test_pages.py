@@ -140,6 +140,14 @@ def test_png_is_a_picture(tmp_path: Path) -> None:
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 10
 
 
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    recorder = Recorder("measured")
+    recorder.span("plan $a_$", 0.0, 1.0, Key("$\\x_{$"))
+    png([recorder.trace()], tmp_path / "timeline.png", title="a $ and $\\y{ $")
+    assert (tmp_path / "timeline.png").stat().st_size > 1000
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Debian's headless Chromium."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from stretto.core.plan import Context, Plan
 from stretto.workflow.job import amount, duration_s
 from stretto.workflow.plan import WorkflowPlan, candidates
 from stretto.workflow.predict import check, play, predict
+from stretto.workflow.steps import bound_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -253,3 +255,85 @@ def test_the_command_runs_a_job_within_limits(tmp_path: Path) -> None:
         assert text in refused.stderr
     other = stretto_says("run", "jobs/quickstart.yaml", "--budget", "1")
     assert "a serve job has neither budget nor deadline" in other.stderr
+
+
+def most_at_once(step: str, tool: str, **limits: Any) -> int:
+    """How many of five calls run at once; one step has the name `step`."""
+    now, most, lock = 0, 0, threading.Lock()
+
+    def work() -> None:
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+
+    tools = [wf.tool(name=tool, **{k: v for k, v in limits.items() if k == "limit"})(work)]
+    names = [step, *(f"s{n}" for n in range(4))]
+    job = wf.WorkflowJob(
+        steps=tuple(wf.Step(name=name, tool=tool) for name in names), max_parallel=limits.get("max_parallel")
+    )
+    outcome = wf.run(job, tools=tools)
+    assert outcome.ended == "completed"
+    return most
+
+
+@pytest.mark.parametrize(
+    ("step", "tool", "limits", "most"),
+    [
+        ("a", "work", {}, 5),
+        ("steps", "work", {"max_parallel": 1}, 1),
+        ("tools", "tools", {"max_parallel": 1}, 1),
+        ("a", "work", {"limit": 2}, 2),
+        ("work", "work", {"limit": 2, "max_parallel": 4}, 2),
+    ],
+)
+def test_limits_hold_whatever_steps_and_tools_are_called(
+    step: str, tool: str, limits: dict[str, Any], most: int
+) -> None:
+    assert most_at_once(step, tool, **limits) == most
+
+
+def test_a_step_takes_its_tools_terms_where_it_has_none() -> None:
+    @wf.tool(on_error="feed")
+    def told(given: str) -> str:
+        return str(given)
+
+    @wf.tool
+    def broken() -> str:
+        raise ValueError("broken")
+
+    steps = (wf.Step(name="a", tool="broken"), wf.Step(name="b", tool="told", args={"given": "got {a}"}))
+    outcome = wf.run(wf.WorkflowJob(steps=steps), tools=[told, broken])
+    assert outcome.results["b"] == "got raised: ValueError: broken"
+
+
+def test_what_is_charged_beyond_bounds_is_told() -> None:
+    @wf.tool(price=0.01)
+    def dear() -> wf.Paid:
+        return wf.Paid("x", 0.5)
+
+    outcome = wf.run(wf.WorkflowJob(steps=(wf.Step(name="a", tool="dear"),), budget=0.1), tools=[dear])
+    assert (outcome.spent, outcome.overrun) == pytest.approx((0.01, 0.49))
+
+
+def test_a_prompt_is_bounded_by_its_bytes() -> None:
+    source = wf.Source(script="x", input_price=1.0, max_tokens=1)
+    plain, wide = (
+        bound_of(wf.WorkflowJob(steps=(step,), sources={"s": source}), step, {})
+        for text in ("a" * 1000, "漢" * 1000)
+        for step in [wf.Step(name="a", tool="ask", args={"source": "s", "prompt": text})]
+    )
+    assert wide - plain == pytest.approx(2000e-6)
+
+
+def test_texts_do_not_grow_without_end() -> None:
+    steps = [wf.Step(name="s0", tool="text", args={"text": "x" * 1000})]
+    steps += [wf.Step(name=f"s{n}", tool="text", args={"text": f"{{s{n - 1}}}-{{s{n - 1}}}"}) for n in range(1, 24)]
+    began = time.monotonic()
+    outcome = wf.run(wf.WorkflowJob(steps=tuple(steps)))
+    assert outcome.ended == "failed"
+    failed = [result for result in outcome.results.values() if isinstance(result, wf.Failure)]
+    assert "an argument has more than 4194304 characters" in str(failed[0])
+    assert time.monotonic() - began < 10

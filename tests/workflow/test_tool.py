@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from stretto import workflow as wf
 from stretto.core.clock import RealClock, VirtualClock, simulate_async
 from stretto.core.errors import FieldError
 from stretto.workflow.literals import Reference
+from stretto.workflow.tasks import _name
 from stretto.workflow.tool import accepts, tools_by_name
 
 _PROCESSES = ProcessPoolExecutor(1)
@@ -57,7 +59,7 @@ def test_names_descriptions_and_signatures_come_from_the_function() -> None:
         "look_up(query: str, most: int | None = None, kind: Literal['web', 'news'] = 'web', *more: float)"
         " -> dict[str, Any]"
     )
-    assert (look.terms.kind, look.terms.bound, look.terms.pool) == ("look_up", 0.5, "tools")
+    assert (look.terms.kind, look.terms.bound, look.terms.pools) == ("look_up", 0.5, ("tools",))
 
 
 def test_a_decorated_function_can_still_be_called() -> None:
@@ -179,3 +181,40 @@ def test_what_is_no_tool() -> None:
 
     with pytest.raises(FieldError, match="put @tool above"):
         tools_by_name([print])  # type: ignore[list-item]
+
+
+def test_an_async_function_behind_a_plain_decorator_is_awaited() -> None:
+    def logged(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    @wf.tool
+    @logged
+    async def fetch(x: int) -> int:
+        await asyncio.sleep(0)
+        return x + 1
+
+    assert asyncio.run(fetch.call(RealClock(), [1], {})) == 2
+    assert simulate_async(lambda clock: fetch.call(clock, [1], {})) == 2
+
+
+def test_calls_are_the_same_where_their_arguments_are() -> None:
+    @wf.tool
+    def show(value: Any, other: Any = None) -> str:
+        return repr((value, other))
+
+    def name(*args: Any, **kwargs: Any) -> str | None:
+        return _name(show, list(args), kwargs)
+
+    assert name({1: "a"}) != name({"1": "a"})
+    assert name([1]) != name((1,))
+    assert len({name(1), name(True), name(1.0), name("1"), name(b"1"), name(None)}) == 6
+    assert name(1, 2) == name(1, other=2) == name(other=2, value=1)
+    assert name(object()) is name([{"x": object()}]) is None
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert name(deep) is None

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 from uuid import uuid4
+from weakref import WeakSet
 
 from stretto.core.errors import UserError
 from stretto.core.graph_policy import Why
@@ -52,8 +53,8 @@ class DurableLog:
 
     Attributes:
         run: the first run's own name, the beginning of every idempotency key.
-        finished: what was finished when the log was opened, by key.
-        spent: what had been spent by then; an attempt in flight counts at its bound.
+        finished: what is finished, by key.
+        spent: what was spent; an attempt that was in flight when the log was opened counts at its bound.
 
     Raises:
         UserError: if the file cannot be opened or is locked, damaged, or of something else.
@@ -74,6 +75,7 @@ class DurableLog:
         except BaseException:
             os.close(self._file)
             raise
+        _OPEN.add(self)
         if beat_s is not None:
             self._flusher = threading.Thread(target=self._flush, args=(beat_s,), name="durable log", daemon=True)
             self._flusher.start()
@@ -96,16 +98,21 @@ class DurableLog:
     def paid(self, key: str, cost: float) -> None:
         """An attempt is over, and its node is not finished."""
         self._append(f'["paid",{_dumps(key)},{cost!r}]')
+        self.spent += cost
 
     def finish(self, key: str, text: str, cost: float, why: Why | None = None, *, sync: bool = False) -> None:
         """A node is finished; `text` is from `encode`. With `sync` it is on the disk when this returns."""
         self._append(f'["end",{_dumps(key)},{cost!r},{_dumps(why)},{text}]')
+        self.spent += cost
+        self.finished[key] = Finished(why=why, value=json.loads(text), cost=cost)
         if sync:
             self.sync()
 
     def sync(self) -> None:
         """Wait until all records are on the disk."""
         self._dirty.clear()
+        if self._failure is not None:
+            raise self._error(self._failure)
         try:
             os.fsync(self._file)
         except OSError as problem:
@@ -184,12 +191,17 @@ class DurableLog:
     def _read(self, of: str) -> None:
         with open(self.path, "rb") as lines:
             sound = self._take(lines.read(), of)
-        os.ftruncate(self._file, sound)
-        if sound == 0:
-            self._append(_dumps(["log", VERSION, self.run, of]))
-            folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        try:
+            os.ftruncate(self._file, sound)
+            if sound == 0:
+                self._append(_dumps(["log", VERSION, self.run, of]))
+                folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
+        except OSError as problem:
+            raise self._error(problem) from None
 
     def _take(self, data: bytes, of: str) -> int:
         """Take in all sound records; returns where the torn tail begins."""
@@ -249,6 +261,21 @@ class DurableLog:
         )
 
 
+_OPEN: WeakSet[DurableLog] = WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """A process that was forked writes no log; what it holds open would keep one locked when its writer is gone."""
+    for log in list(_OPEN):
+        if not log._closing.is_set():
+            log._closing.set()
+            os.close(log._file)
+    _OPEN.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 def _torn_header(data: bytes) -> bool:
     """Whether a file without one sound record is a log whose first record was torn, and not somebody's text."""
     return b"\n" not in data and set(data[:8]) <= set(b"0123456789abcdef") and b' ["log",'.startswith(data[8:16])
@@ -260,6 +287,6 @@ def _record(line: bytes) -> list[Any] | None:
         if line[8:9] != b" " or int(line[:8], 16) != zlib.crc32(line[9:]):
             return None
         record = json.loads(line[9:])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, list) and record else None

@@ -21,6 +21,7 @@ from heapq import heappop, heappush
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+from stretto.core import threads
 from stretto.core.budget import UNITS, units
 from stretto.core.clock import Clock
 from stretto.core.durable import DurableLog, Finished
@@ -78,7 +79,7 @@ def on_executor(executor: Executor, function: Callable[..., Any]) -> Call:
     """A plain function as a call that runs on any `concurrent.futures` executor: threads, processes, MPI, Ray, Dask."""
 
     async def call(*values: Any) -> Any:
-        return await asyncio.wrap_future(executor.submit(function, *values))
+        return await threads.on_executor(executor, function, *values)
 
     return call
 

@@ -29,7 +29,7 @@ class Terms:
     Attributes:
         kind: what kind of work it is: the name of its spans, and of a limit that it counts against; "" for bookkeeping,
             which leaves no span.
-        pool: another limit that it counts against, shared by kinds.
+        pools: other limits that it counts against, shared by kinds.
         timeout_s: an attempt that takes longer is cancelled; None: no limit.
         attempts: how often it is tried at most.
         backoff_s: the pause before the second attempt, doubled before each further one.
@@ -42,7 +42,7 @@ class Terms:
     """
 
     kind: str = "node"
-    pool: str = ""
+    pools: tuple[str, ...] = ()
     timeout_s: float | None = None
     attempts: int = 1
     backoff_s: float = 0.1
@@ -241,16 +241,16 @@ class GraphPolicy:
         """All before `node` has ended: start it if it gets a slot and money."""
         terms = self.terms[node]
         free = self._free
-        for name in (terms.kind, terms.pool):
-            if free.get(name) == 0:
+        limits = self._limits(terms)
+        for name in limits:
+            if free[name] == 0:
                 self._state[node] = _QUEUED
                 self._queues[name].append(node)
                 return
         if terms.bound and not self._reserve(node, terms):
             return
-        for name in (terms.kind, terms.pool):
-            if name in free:
-                free[name] -= 1
+        for name in limits:
+            free[name] -= 1
         self._state[node] = _RUNNING
         self.attempt[node] += 1
         self._next.start.append(node)
@@ -277,16 +277,21 @@ class GraphPolicy:
 
     def _leave(self, node: int) -> None:
         """The attempt of `node` is over: its slots go to the next who wait for them."""
-        free, terms = self._free, self.terms[node]
-        names = [name for name in (terms.kind, terms.pool) if name in free]
-        for name in names:
+        free = self._free
+        limits = self._limits(self.terms[node])
+        for name in limits:
             free[name] += 1
-        for name in names:
+        for name in limits:
             queue = self._queues[name]
             while queue and free[name]:
                 candidate = queue.popleft()
                 if self._state[candidate] == _QUEUED:
                     self._ready(candidate)
+
+    def _limits(self, terms: Terms) -> Sequence[str]:
+        """The names of the limits that a node counts against, each once."""
+        free = self._free
+        return [name for name in dict.fromkeys((terms.kind, *terms.pools)) if name in free] if free else ()
 
     def _fail(self, node: int, why: Why, cause: int) -> None:
         self._state[node] = _FAILED

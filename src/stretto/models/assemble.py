@@ -138,6 +138,10 @@ class _Builder:
         name = "model.embed_tokens.weight"
         source = self.weights.sources.get(name)
         if isinstance(source, PackedTensor):
+            expected = (self.spec.vocab, self.spec.hidden)
+            if tuple(source.shape) != expected:
+                told = f"tensor {name} has shape {tuple(source.shape)}"
+                raise UserError(told, file=self.weights.file, right=f"expected {expected}")
             return source.rows
         table = self.weights.tensor(name, (self.spec.vocab, self.spec.hidden)).to(self.dtype)
         return lambda tokens: table[tokens].float()

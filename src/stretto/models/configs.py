@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,13 @@ class _Fields:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(name, value, "a number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.wrong(name, value, "a finite number")
+        return number
 
     def wrong(self, name: str, value: object, right: str) -> UserError:
         shown = "is missing" if value is None else f"is {str(value)[:60]!r}"

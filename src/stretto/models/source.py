@@ -32,6 +32,14 @@ class ModelSource:
 
 def find_model(name: str) -> ModelSource:
     """The files that `name` means; `UserError` says what is missing and what would be right."""
+    try:
+        return _found(name)
+    except (OSError, RuntimeError) as problem:  # a folder that may not be entered, a name that is too long, no home
+        why = getattr(problem, "strerror", None) or problem
+        raise UserError(f"cannot be looked for: {why}", file=name[:200], right=f"give {_CHOICES}") from None
+
+
+def _found(name: str) -> ModelSource:
     if name.lower() in DEFAULT_NAMES:
         return ModelSource("gguf", packaged_model())
     path = Path(name).expanduser()

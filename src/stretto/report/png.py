@@ -49,11 +49,13 @@ def png(traces: Sequence[Trace], path: Path, *, title: str) -> None:
             bars = np.stack([trace.spans.start[rows], (trace.spans.finish - trace.spans.start)[rows]], axis=1)
             colours = [COLOURS[phases.index(trace.phases[p]) % len(COLOURS)] for p in trace.spans.phase[rows]]
             axis.broken_barh(bars, (place - 0.4, 0.8), facecolors=colours, antialiased=False)
-        axis.set_yticks(range(len(lanes)), [trace.lanes[lane] for lane in lanes], fontsize=8)
+        axis.set_yticks(range(len(lanes)), [trace.lanes[lane] for lane in lanes], fontsize=8, parse_math=False)
         axis.invert_yaxis()
         axis.set_title(f"{trace.source}: {trace.makespan:.4g} s", loc="left", fontsize=10)
     axes[-1, 0].set_xlabel("seconds")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)
     handles = [Patch(color=COLOURS[i % len(COLOURS)], label=phase) for i, phase in enumerate(phases)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(8, len(handles))), fontsize=8)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(8, len(handles))), fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names are the user's
     figure.savefig(path, dpi=110)

@@ -153,6 +153,12 @@ class LLM:
         for number, prompt in enumerate(encoded):
             if not prompt:
                 raise UserError("has no tokens", field=f"prompts.{number}", right="a text that is not empty")
+            if max(prompt) >= self.model.spec.vocab:
+                raise UserError(
+                    f"token {max(prompt)} is outside of the vocabulary of {self.model.spec.vocab}",
+                    field=f"prompts.{number}",
+                    right="a text without that token; the tokenizer has more than the model",
+                )
             if len(prompt) + max_tokens > longest:
                 raise UserError(
                     f"{len(prompt)} tokens and {max_tokens} new ones exceed max_model_len, {longest}",

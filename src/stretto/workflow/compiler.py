@@ -123,7 +123,9 @@ class Compiler:
 def limits_of(tools: Sequence[Tool], max_parallel: int | None) -> dict[str, int]:
     """The graph's limits: of each tool, and of all together."""
     limits = {one.name: one.limit for one in tools if one.limit is not None}
-    return limits if max_parallel is None else {**limits, "tools": max_parallel}
+    if max_parallel is not None:
+        limits["tools"] = min(max_parallel, limits.get("tools", max_parallel))  # a tool may have that name
+    return limits
 
 
 class _Run:

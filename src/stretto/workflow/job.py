@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from stretto.core.errors import FieldError, require
+from stretto.workflow.literals import MOST_RESULT_CHARACTERS
 
 Plain = str | int | float | bool | list[str | int | float | bool] | None
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}")
@@ -140,7 +141,11 @@ class WorkflowJob:
 
 
 def filled(value: Plain, results: Mapping[str, Any], text_of: Any) -> Any:
-    """An argument with results in place of names in braces; what is no step's name stays as it is."""
+    """An argument with results in place of names in braces; what is no step's name stays as it is.
+
+    Raises:
+        ValueError: if a text would grow beyond `MOST_RESULT_CHARACTERS`.
+    """
     if isinstance(value, list):
         return [filled(item, results, text_of) for item in value]
     if not isinstance(value, str):
@@ -148,9 +153,18 @@ def filled(value: Plain, results: Mapping[str, Any], text_of: Any) -> Any:
     whole = _REFERENCE.fullmatch(value)
     if whole is not None and whole.group(1) in results:
         return results[whole.group(1)]
-    return _REFERENCE.sub(
-        lambda match: text_of(results[match.group(1)]) if match.group(1) in results else match.group(), value
-    )
+    parts: list[str] = []
+    at = size = 0
+    for match in _REFERENCE.finditer(value):
+        if match.group(1) in results:
+            parts += [value[at : match.start()], text_of(results[match.group(1)])]
+            at = match.end()
+            size += len(parts[-2]) + len(parts[-1])
+            if size > MOST_RESULT_CHARACTERS:
+                raise ValueError(
+                    f"an argument has more than {MOST_RESULT_CHARACTERS} characters; pass a shorter result"
+                )
+    return "".join([*parts, value[at:]])
 
 
 def amount(text: str | float) -> float:

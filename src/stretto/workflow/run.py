@@ -178,4 +178,5 @@ def _remark(job: WorkflowJob, outcome: Outcome) -> str:
     limits += [f"a deadline of {job.deadline_s:g} s"] if job.deadline_s is not None else []
     within = f", within {' and '.join(limits)}" if limits else ""
     count = f"{len(job.steps) - failed} of {len(job.steps)} steps gave a result"
-    return f"{outcome.ended}: {count}; spent {outcome.spent:.4g}{within}"
+    beyond = f", and {outcome.overrun:.4g} was charged beyond what calls may cost" if outcome.overrun else ""
+    return f"{outcome.ended}: {count}; spent {outcome.spent:.4g}{within}{beyond}"

@@ -20,6 +20,8 @@ from stretto.workflow.simulated import Line, SimulatedModel
 from stretto.workflow.tool import Tool, tool, tools_by_name
 
 BUILT_IN = ("wait", "text", "ask")
+_STEPS, _CALLS_OF = " steps", " calls of "
+"""Names of limits; no step has one that begins with a blank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class Outcome:
         results: of each step, a value or a `Failure`, by name.
         usage: tokens and money of each step, by name.
         spent: money in all.
+        overrun: money that was charged beyond the bounds of calls, which no budget can stop; 0 without a budget.
         ended: "completed", "failed" (a step failed), "deadline" or "cancelled".
     """
 
@@ -38,6 +41,7 @@ class Outcome:
     spent: float
     ended: str
     trace: Trace
+    overrun: float = 0.0
 
 
 @tool
@@ -80,7 +84,7 @@ class Steps:
         self.graph = Graph(
             clock,
             self._recorder,
-            limits=None if max_parallel is None else {"steps": max_parallel},
+            limits=self._limits(max_parallel),
             budget=job.budget,
             seed=job.seed,
             log=log,
@@ -116,6 +120,7 @@ class Steps:
             results={name: outcomes[node] for name, node in nodes.items()},
             usage=self._usage,
             spent=self.graph.spent,
+            overrun=self.graph.overrun,
             ended=ended,
             trace=self._recorder.trace(),
         )
@@ -124,15 +129,23 @@ class Steps:
         self._late = self.graph.live > 0
         self.graph.cancel()
 
+    def _limits(self, max_parallel: int | None) -> dict[str, int]:
+        """Of all steps together, and of those that call a tool with a limit."""
+        limits = {f"{_CALLS_OF}{one.name}": one.limit for one in self._tools.values() if one.limit is not None}
+        return limits if max_parallel is None else {**limits, _STEPS: max_parallel}
+
     def _terms(self, step: Step) -> Terms:
+        """A step's own terms, and where it says nothing its tool's."""
         known = self._tools.get(step.tool)
+        own = Step(name=step.name, tool=step.tool)
+        mine, theirs = (step, step if known is None else known)
         return Terms(
             kind=step.name,
-            pool="steps",
+            pools=(_STEPS, f"{_CALLS_OF}{step.tool}"),
             timeout_s=step.timeout_s if step.timeout_s is not None or known is None else known.timeout_s,
             attempts=step.attempts if known is None else max(step.attempts, known.attempts),
-            backoff_s=step.backoff_s,
-            on_error=step.on_error,
+            backoff_s=mine.backoff_s if mine.backoff_s != own.backoff_s else theirs.backoff_s,
+            on_error=mine.on_error if mine.on_error != own.on_error else theirs.on_error,
             bound=bound_of(self._job, step, self._tools),
             keyed=known is not None and known.keyed,
         )
@@ -141,7 +154,10 @@ class Steps:
         async def call(*values: Any) -> Any:
             head = values[: len(values) - len(before)]
             results = dict(zip(before, values[len(head) :], strict=True))
-            args = {name: filled(value, results, text_of) for name, value in step.args.items()}
+            try:
+                args = {name: filled(value, results, text_of) for name, value in step.args.items()}
+            except ValueError as problem:
+                raise PaidError(str(problem), again=False) from None
             if step.tool == "ask":
                 return await self._ask(step, args)
             chosen = _tool_of(step, self._tools)
@@ -207,7 +223,8 @@ def bound_of(job: WorkflowJob, step: Step, tools: Mapping[str, Tool]) -> float:
         source = job.sources.get(str(step.args.get("source")))
         if source is None:
             return 0.0
-        most = len(str(step.args.get("prompt"))) + 32 + 4 * source.max_tokens * len(step.used)
+        prompt = str(step.args.get("prompt")).encode("utf-8", "replace")
+        most = len(prompt) + 32 + 4 * source.max_tokens * len(step.used)
         return (most * source.input_price + source.max_tokens * source.output_price) / 1e6
     return tools[step.tool].price if step.tool in tools else 0.0
 

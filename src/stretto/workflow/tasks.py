@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -148,10 +147,22 @@ def _refuse(task: PlannedTask) -> Any:
 
 
 def _name(tool: Tool, args: list[Any], kwargs: dict[str, Any]) -> str | None:
-    """Tool and arguments as text, by position or by name alike; None where arguments are no plain values."""
+    """Tool and arguments as text, by position or by name alike; None where arguments are no plain values.
+
+    By `repr`, which tells apart what JSON writes alike: keys 1 and "1", lists and tuples.
+    """
     names = [parameter.name for parameter in tool.parameters if not parameter.many]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     try:
-        return f"{tool.name}{json.dumps([named, args[len(names) :]], sort_keys=True)}"
-    except (TypeError, ValueError, RecursionError):
+        plain = _is_plain([named, args])
+        return f"{tool.name}{sorted(named.items())!r}{args[len(names) :]!r}" if plain else None
+    except RecursionError:
         return None
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return type(value) is dict and all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(_is_plain, value))
+    return type(value) in (str, int, float, bool, bytes, type(None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import inspect
 import sys
@@ -16,6 +15,7 @@ from typing import Any, Literal, overload
 from stretto.core.clock import Clock
 from stretto.core.errors import FieldError, require
 from stretto.core.graph import Terms
+from stretto.core.threads import on_executor, on_thread, plainly
 from stretto.workflow.literals import Reference, Value, filled, text_of
 
 JOIN = "join"
@@ -52,7 +52,7 @@ class Tool:
         function: plain or async; called with the arguments.
         parameters: what it takes.
         returns: the annotation of its result.
-        executor: where a plain function runs: a thread of the loop's own if left out.
+        executor: where a plain function runs: a thread of its own for each call if left out.
         price: what a call costs, in units of the budget; a call that returns `Paid` may cost less.
         terms: time-out, attempts, and what it does when a call before it failed.
         limit: most calls at once; None: no limit.
@@ -83,7 +83,7 @@ class Tool:
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or left out")
         terms = Terms(
             kind=self.name,
-            pool="tools",
+            pools=("tools",),
             timeout_s=self.timeout_s,
             attempts=self.attempts,
             backoff_s=self.backoff_s,
@@ -133,18 +133,20 @@ class Tool:
         return taken, keywords
 
     async def call(self, clock: Clock, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Call the function where it runs: async ones in the loop, plain ones on the executor or a thread.
+        """Call the function where it runs: async ones in the loop, plain ones on the executor or a thread of their own.
 
-        On virtual time a plain function without an executor is called in place: it takes no time.
+        On virtual time a plain function without an executor is called in place: it takes no time. What gives something
+        to be awaited is async, whatever stands around it.
         """
         if inspect.iscoroutinefunction(self.function):
             return await self.function(*args, **kwargs)
         if self.executor is not None:
-            job = self.executor.submit(_run_by_name, *_by_name(self.function), args, kwargs)
-            return await asyncio.wrap_future(job)
+            return await on_executor(self.executor, _run_by_name, *_by_name(self.function), args, kwargs)
         if clock.is_virtual:
-            return self.function(*args, **kwargs)
-        return await asyncio.to_thread(self.function, *args, **kwargs)
+            value = plainly(self.function, *args, **kwargs)
+        else:
+            value = await on_thread(self.function, *args, **kwargs)
+        return await value if inspect.isawaitable(value) else value
 
 
 @overload

@@ -77,6 +77,13 @@ def test_mistakes_are_told(llm: stretto.LLM, chat_folder: Path) -> None:
         llm.generate(["ab", ""])
     with pytest.raises(UserError, match=r"250 tokens and 7 new ones exceed max_model_len, 256"):
         llm.generate("a" * 250, max_tokens=7)
+    vocabulary = llm.model.spec.vocab
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.model.tokenizer, "encode", lambda text: [1, vocabulary])
+        with pytest.raises(
+            UserError, match=rf"prompts\.0: token {vocabulary} is outside of the vocabulary of {vocabulary}"
+        ):
+            llm.generate("ab")
     with pytest.raises(FieldError, match="max_tokens"):
         llm.generate("ab", max_tokens=0)
     with pytest.raises(FieldError, match="stop"):
