@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,10 @@ def test_a_command_line_with_a_wrong_option_would_be_noticed() -> None:
 
 @pytest.mark.parametrize("file", JOBS, ids=name)
 def test_jobs_plan_on_a_node_of_eight(file: Path) -> None:
-    ranking = stretto.plan(stretto.load(file), on=ROOT / "clusters" / "8xa100.yaml")
+    job = stretto.load(file)
+    if job.kind == "train":  # every layout, with one pass each
+        job = replace(job, recompute="never", layout=replace(job.layout, micro_batch=1))
+    ranking = stretto.plan(job, on=ROOT / "clusters" / "8xa100.yaml")
     throughput = ranking.weighed[0].prediction.metrics["throughput"].value
     assert 0 < throughput.low <= throughput.value <= throughput.high < float("inf")
     trace = stretto.simulate(ranking.best)

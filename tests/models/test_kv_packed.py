@@ -50,6 +50,12 @@ def fed(
     return torch.cat(found or [torch.empty(0)]), cache
 
 
+@pytest.fixture(scope="module")
+def whole(fused: FusedDecoder) -> tuple[torch.Tensor, PackedKVCache]:
+    """A text that was given in one piece."""
+    return fed(fused, [201])
+
+
 def test_a_page_stands_for_what_was_written_to_half_a_step(fused: FusedDecoder) -> None:
     _, cache = fed(fused, [PAGE_TOKENS])
     for layer in (0, 7, 29):
@@ -78,8 +84,8 @@ def test_attention_is_that_on_what_the_pages_stand_for(fused: FusedDecoder, leve
 
 
 @pytest.mark.parametrize("cuts", [[1] * 201, [64, 64, 73], [63, 1, 1, 136], [65, 127, 9], [200, 1]])
-def test_cuts_change_no_bit(fused: FusedDecoder, cuts: list[int]) -> None:
-    wanted, cache = fed(fused, [201])
+def test_cuts_change_no_bit(fused: FusedDecoder, whole: tuple[torch.Tensor, PackedKVCache], cuts: list[int]) -> None:
+    wanted, cache = whole
     found, other = fed(fused, cuts)
     assert torch.equal(found, wanted)
     for page in (9, 2, 11):

@@ -19,7 +19,7 @@ from .conftest import Running, until
 
 PROMPTS = [
     "One, two, three,",
-    "The river runs past house number 7. " * 40,
+    "The river runs past house number 7. " * 16,
     "def add(a, b):",
     "Once upon a time",
     "Water",
