@@ -13,7 +13,7 @@ import stretto
 from stretto.cli.app import progress_bar
 from stretto.core.errors import UserError
 from stretto.core.eventlog import EventLog
-from stretto.files import load_cluster, parse_yaml, write_text
+from stretto.files import check_place, load_cluster, parse_yaml, write_text
 from stretto.hardware.table_files import write_tables
 
 
@@ -80,6 +80,11 @@ def test_files_are_written_whole_and_pipes_straight(tmp_path: Path) -> None:
     assert file.read_text() == "a"
     assert file.stat().st_mode & 0o777 == 0o640
     os.mkfifo(pipe)
+    check_place(pipe)
+    check_place(file)
+    for wrong in (tmp_path, tmp_path / "none" / "plan.yaml"):
+        with pytest.raises(UserError, match="the file cannot be written: "):
+            check_place(wrong)
     read: list[str] = []
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
     reader.start()

@@ -298,6 +298,8 @@ def check_place(path: str | Path) -> None:
     """`UserError` where `write_text` could not write: asked before the work that the file is for."""
     target = Path(path)
     folder = target.absolute().parent
+    if target.exists() and not target.is_file() and not target.is_dir():
+        return  # a pipe, a terminal
     if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "it is a folder" if target.is_dir() else f"{folder} is no folder that may be written"
         raise UserError(f"the file cannot be written: {why}", file=str(path), right="name a file in one that may be")

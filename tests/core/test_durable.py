@@ -378,6 +378,10 @@ from stretto.core.durable import DurableLog
 log = DurableLog(sys.argv[1])
 child = os.fork()
 if child == 0:
+    try:
+        log.paid("a", 1.0)
+    except Exception as problem:
+        print(problem, flush=True)
     log.close()
     time.sleep(30)
     os._exit(0)
@@ -387,7 +391,9 @@ time.sleep(30)
     path = tmp_path / "log"
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
-    child = int(writer.stdout.readline())
+    refused, number = sorted((writer.stdout.readline() for _ in range(2)), key=lambda line: line.strip().isdigit())
+    child = int(number)
+    assert "it is written by the process that this one was forked from" in refused
     try:
         with pytest.raises(UserError, match="another process writes this log"):
             DurableLog(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from stretto.train.costs import StepCosts
 from stretto.train.domain import TrainDomain
 from stretto.train.job import Layout, Optimizer, Shape, TrainJob
 from stretto.train.memory import peak_bytes, summed_numels
-from stretto.train.plan import TrainPlan, balanced, candidates
+from stretto.train.plan import TrainPlan, _ranks, balanced, candidates
 from stretto.train.predict import play, predict
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"
@@ -145,6 +146,21 @@ def test_ranks_without_a_link_are_refused() -> None:
         assert refusal is not None
         assert f"ranks of {next(iter(choices))} are on n/gpu0 and n/gpu1" in refusal.reason
     assert check(job_of(), plan_of("n/gpu0"), SPEC, cluster) is None
+    assert not cluster.whole
+    nodes = [Node(name="n", devices=(Devices(type="a100-sxm-80gb", device=None),), count=2)]
+    assert not Cluster(name="c", nodes=tuple(nodes)).whole
+    assert Cluster(name="c", nodes=tuple(nodes), network=cpus(1).network).whole
+    assert load_cluster(CLUSTERS / "8xa100.yaml").whole
+    both = {pair: cluster.joins(*pair) for pair in (("n/gpu0", "n/gpu1"), ("n/gpu0", "n/gpu0"))}
+    assert not any(both.values())
+
+
+def test_ranks_of_a_thousand_machines_are_placed_at_once() -> None:
+    cluster = Cluster(name="many", nodes=(Node(name="n", devices=(cpu(64),), count=1000),), network=cpus(1).network)
+    began = time.monotonic()
+    ((devices, threads),) = _ranks(job_of(processes=64_000), cluster)
+    assert time.monotonic() - began < 5
+    assert (len(devices), len(set(devices)), threads) == (64_000, 1000, 1)
 
 
 def test_a_backward_pass_has_the_messages_of_a_forward_pass_once() -> None:

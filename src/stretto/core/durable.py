@@ -15,6 +15,7 @@ lock goes with the process that holds it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -269,6 +270,7 @@ def _leave_to_parent() -> None:
     for log in list(_OPEN):
         if not log._closing.is_set():
             log._closing.set()
+            log._failure = OSError(errno.EBADF, "it is written by the process that this one was forked from")
             os.close(log._file)
     _OPEN.clear()
 

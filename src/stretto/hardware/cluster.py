@@ -184,6 +184,12 @@ class Cluster:
         shared = self._fabrics[node_a] if node_a == node_b else self._network
         return [link for link in self.links if _covers(link, a, b)] + ([shared] if shared else [])
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether any two devices are joined by what their nodes and the network say, without `links`."""
+        alone = all(sum(held.count for held in node.held) == 1 for node in self.nodes if node.fabric is None)
+        return alone and (self._network is not None or sum(len(node.names) for node in self.nodes) == 1)
+
     def joins(self, a: str, b: str) -> bool:
         """Whether there is a link between two devices.
 

@@ -109,6 +109,8 @@ def _check_devices(job: TrainJob, plan: TrainPlan, cluster: Cluster) -> Refusal 
 
 def _check_links(plan: TrainPlan, cluster: Cluster) -> Refusal | None:
     """Ranks of a group talk to their neighbours, the last one to the first."""
+    if cluster.whole:
+        return None
     for axis, size in plan.grid.axes:
         for group in plan.grid.groups(axis) if size > 1 else ():
             paths = [plan.devices[rank] for rank in group]

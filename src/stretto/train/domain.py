@@ -72,7 +72,7 @@ class TrainDomain:
         from stretto.train.data import check_sources
 
         check_sources(job.data)
-        spec = spec_of(job)
+        spec = spec_of(job)  # first: it says where torch is missing
         from stretto.train.prepare import prepare
 
         able = (plan for plan in self.candidates(job, cluster) if self.check(job, plan, cluster) is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heapreplace
 from typing import Literal
 
 from stretto.comm.grid import RankGrid
@@ -186,9 +187,12 @@ def _ranks(job: TrainJob, cluster: Cluster) -> Iterator[tuple[tuple[str, ...], i
     cores = sum(device.units for device in devices.values())
     for count in sorted({1, cores}) if job.processes is None else (job.processes,):
         share = dict.fromkeys(devices, 0)
+        freest = [(-float(device.units), place, path) for place, (path, device) in enumerate(devices.items())]
+        heapify(freest)
         for _ in range(count):
-            freest = max(devices, key=lambda path: devices[path].units / (share[path] + 1))
-            share[freest] += 1
+            _, place, path = freest[0]
+            share[path] += 1
+            heapreplace(freest, (-devices[path].units / (share[path] + 1), place, path))
         threads = min(devices[path].units // ranks for path, ranks in share.items() if ranks)
         yield tuple(path for path, ranks in share.items() for _ in range(ranks)), max(1, threads)
 

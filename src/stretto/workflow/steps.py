@@ -137,15 +137,15 @@ class Steps:
     def _terms(self, step: Step) -> Terms:
         """A step's own terms, and where it says nothing its tool's."""
         known = self._tools.get(step.tool)
-        own = Step(name=step.name, tool=step.tool)
-        mine, theirs = (step, step if known is None else known)
+        silent = Step(name=step.name, tool=step.tool)
+        other = step if known is None else known
         return Terms(
             kind=step.name,
             pools=(_STEPS, f"{_CALLS_OF}{step.tool}"),
-            timeout_s=step.timeout_s if step.timeout_s is not None or known is None else known.timeout_s,
-            attempts=step.attempts if known is None else max(step.attempts, known.attempts),
-            backoff_s=mine.backoff_s if mine.backoff_s != own.backoff_s else theirs.backoff_s,
-            on_error=mine.on_error if mine.on_error != own.on_error else theirs.on_error,
+            timeout_s=other.timeout_s if step.timeout_s == silent.timeout_s else step.timeout_s,
+            attempts=max(step.attempts, other.attempts),
+            backoff_s=other.backoff_s if step.backoff_s == silent.backoff_s else step.backoff_s,
+            on_error=other.on_error if step.on_error == silent.on_error else step.on_error,
             bound=bound_of(self._job, step, self._tools),
             keyed=known is not None and known.keyed,
         )
