@@ -178,7 +178,7 @@ class StepCosts:
     def _workers(self, pipeline_rank: int) -> list[tuple[Device, int]]:
         """The different devices of a pipeline place, each with the most ranks that share one; GPUs are not shared."""
         ranks = len(self.plan.devices) // self.plan.pp
-        paths = self.plan.devices[pipeline_rank * ranks : (pipeline_rank + 1) * ranks]
+        paths = set(self.plan.devices[pipeline_rank * ranks : (pipeline_rank + 1) * ranks])
         crowds: dict[Device, int] = {}
         for path, crowd in Counter(self.plan.devices).items():
             if path in paths:
